@@ -1,0 +1,207 @@
+"""Render the blocks of README.md and docs/ that hold numbers, and the command reference.
+
+    python benchmarks/render.py            rewrite what is stale
+    python benchmarks/render.py --check    change nothing; show what is stale and exit 1
+
+A block lies between `<!-- rendered: NAME -->` and `<!-- /rendered -->`; BLOCKS says who writes it,
+from which file of benchmarks/results/. docs/cli.md is made from the command line's own help.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from enum import EnumType
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from zimage_fp8.bench.record import read_record
+from zimage_fp8.bench.report import hardware, notes
+from zimage_fp8.bench.table import markdown_table, marked_table
+from zimage_fp8.cli import app
+
+ROOT = Path(__file__).parents[1]
+OPENING = re.compile(r"<!-- rendered: (?P<name>[\w-]+) -->\n")
+BLOCK = re.compile(OPENING.pattern + r"(?:(?!<!-- ).)*<!-- /rendered -->", re.DOTALL)
+
+Renderer = Callable[[Path], str]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 when stale")
+    is_check = parser.parse_args().check
+
+    stale = {path: text for path, text in rendered_files(ROOT) if _read(path) != text}
+    for path, text in stale.items():
+        if is_check:
+            sys.stdout.writelines(_diff(path, text))
+        else:
+            path.write_text(text)
+            print(f"rendered {path.relative_to(ROOT)}")
+    return 1 if is_check and stale else 0
+
+
+def rendered_files(root: Path) -> Iterator[tuple[Path, str]]:
+    """(path, what it should hold) of every file with a rendered part."""
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
+        yield path, render_blocks(path.read_text(), BLOCKS, root / "benchmarks" / "results")
+    yield root / "docs" / "cli.md", command_reference()
+
+
+def render_blocks(text: str, blocks: dict[str, Renderer], results: Path) -> str:
+    """`text` with every marked block written anew.
+
+    Raises KeyError for a name that is not in `blocks`, ValueError for a block that never ends.
+    """
+    opened, closed = OPENING.findall(text), BLOCK.findall(text)
+    if opened != closed:
+        raise ValueError(f"blocks opened: {opened}, of which closed: {closed}")
+    return BLOCK.sub(lambda block: _block(block["name"], blocks, results), text)
+
+
+def _block(name: str, blocks: dict[str, Renderer], results: Path) -> str:
+    return f"<!-- rendered: {name} -->\n{blocks[name](results).strip()}\n<!-- /rendered -->"
+
+
+def bench_table(results: Path) -> str:
+    """The main table: every policy of nano, as `zimage-fp8 bench` measured it."""
+    record = read_record(results / "nano-bench.json")
+    command = " ".join(record.command)
+    return "\n\n".join(
+        [marked_table(record), made_with(hardware(record), record.versions, record.commit, command)]
+    )
+
+
+def bench_notes(results: Path) -> str:
+    """How the main table was made, and what not to read into it."""
+    return "\n".join(f"- {note}" for note in notes(read_record(results / "nano-bench.json")))
+
+
+def evaluation_table(results: Path) -> str:
+    """What nano draws right, of scenes that it was not trained on."""
+    found = json.loads((results / "nano-evaluation.json").read_text())
+    short, long, targets = found["single_short"], found["single_long"], found["targets"]
+    both = {
+        "short": found["pairs_short"]["both_top5"],
+        "long": found["pairs_long"]["both_top5"],
+    }
+    rows = [
+        ("object, nearest of all", short["top1"], long["top1"], targets["top1"]),
+        ("object, among the nearest five", short["top5"], long["top5"], targets["top5"]),
+        ("background", short["background"], long["background"], targets["background"]),
+        ("two objects, both among five", both["short"], both["long"], targets["both_top5"]),
+    ]
+    header = [f"of {short['count']} unseen scenes", "short caption", "long caption", "goal"]
+    table = markdown_table(
+        header, ([what, f"{a:.1%}", f"{b:.1%}", f"{goal:.0%}"] for what, a, b, goal in rows)
+    )
+    vae = (
+        f"The autoencoder by itself: {found['vae']['psnr_db_float32']:.1f} dB "
+        f"(goal {targets['vae_psnr_db']:.0f} dB)."
+    )
+    facts = (found["device"], found["versions"], found.get("commit"), found.get("command"))
+    return "\n\n".join([table, vae, made_with(*facts)])
+
+
+def made_with(
+    machine: str, versions: dict[str, str], commit: str | None, command: str | None
+) -> str:
+    """One small line under a table: where its numbers come from."""
+    facts = [machine, *(f"{name} {version}" for name, version in versions.items())]
+    facts += [f"commit {commit}"] if commit else []
+    facts += [f"`{command}`"] if command else []
+    return f"<sub>{' · '.join(facts)}</sub>"
+
+
+BLOCKS: dict[str, Renderer] = {
+    "nano-bench": bench_table,
+    "nano-bench-notes": bench_notes,
+    "nano-evaluation": evaluation_table,
+}
+
+
+def command_reference() -> str:
+    """docs/cli.md, from the parameters themselves: the same for every terminal and Typer."""
+    group = typer.main.get_command(app)
+    head = ["# Command line", "What `--help` says, in one page; made by `make docs`."]
+    return "\n\n".join([*head, *(_section(*item) for item in group.commands.items())]) + "\n"
+
+
+def _section(name, command) -> str:
+    arguments = [it for it in command.params if not _is_option(it)]
+    options = [it for it in command.params if _is_option(it) and it.name != "help"]
+    usage = " ".join(["zimage-fp8", name, *map(_argument, arguments), "[OPTIONS]"])
+    lines = [f"## {name}", "", f"    {usage}", "", _with_code(inspect.cleandoc(command.help)), ""]
+    lines += [f"- `{_argument(it)}`{_meaning(it)}" for it in arguments]
+    hints = get_type_hints(inspect.unwrap(command.callback))
+    lines += [f"- `{_option(it, hints.get(it.name))}`{_meaning(it)}" for it in options]
+    return "\n".join(lines)
+
+
+def _with_code(text: str) -> str:
+    """Lines that are commands, fenced."""
+    return re.sub(r"^(zimage-fp8 .*)$", r"```sh\n\1\n```", text, flags=re.MULTILINE)
+
+
+def _is_option(parameter) -> bool:
+    return parameter.opts[0].startswith("-")
+
+
+def _argument(parameter) -> str:
+    name = parameter.name.upper() + ("…" if parameter.nargs == -1 else "")
+    return name if parameter.required else f"[{name}]"
+
+
+def _option(parameter, hint: object) -> str:
+    spelled = ", ".join(parameter.opts)
+    if parameter.is_flag:
+        return " / ".join([spelled, *parameter.secondary_opts])
+    return f"{spelled} {'|'.join(_choices(hint)) or parameter.name.upper()}"
+
+
+def _choices(hint: object) -> list[str]:
+    """The values of a Literal or an Enum, optional or not; empty for any other type."""
+    for kind in (hint, *get_args(hint)):
+        if get_origin(kind) is Literal:
+            return [str(value) for value in get_args(kind)]
+        if isinstance(kind, EnumType):
+            return [str(member.value) for member in kind]
+    return []
+
+
+def _meaning(parameter) -> str:
+    says = [parameter.help] if parameter.help else []
+    if parameter.required and _is_option(parameter):
+        says.append("(required)")
+    elif default := _default(parameter):
+        says.append(f"(default: {default})")
+    return ": " + " ".join(says) if says else ""
+
+
+def _default(parameter) -> str:
+    value = getattr(parameter.default, "value", parameter.default)
+    if isinstance(value, bool):
+        return ("off", "on")[value] if parameter.secondary_opts else ""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "" if value is None or callable(value) else str(value)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _diff(path: Path, text: str) -> Iterator[str]:
+    name = str(path.relative_to(ROOT))
+    old, new = _read(path).splitlines(keepends=True), text.splitlines(keepends=True)
+    return difflib.unified_diff(old, new, name, f"{name} (rendered)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m zimage_fp8` is the command line."""
+
+from zimage_fp8.cli import main
+
+main()

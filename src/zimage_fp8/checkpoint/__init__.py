@@ -1,0 +1,1 @@
+"""Checkpoints on disk: strict reading, streaming deterministic writing, formats, verification."""

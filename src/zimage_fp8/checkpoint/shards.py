@@ -1,0 +1,213 @@
+"""Safetensors folders: read strictly, write one tensor at a time and always the same bytes.
+
+Reading uses the safetensors library. Writing does not: the library keeps metadata in a hash map,
+so two runs may write different bytes, and it wants all tensors of a shard in memory at once. The
+format is small enough to stream: 8 bytes of header length, a JSON header, the tensors.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from zimage_fp8.errors import CheckpointError, ModelError
+from zimage_fp8.layout import Shape
+
+INDEX_SUFFIX = ".safetensors.index.json"
+FINGERPRINT_BYTES = 256
+
+DTYPES: dict[str, torch.dtype] = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header describes it; dtype is safetensors' name for it."""
+
+    dtype: str
+    shape: Shape
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * DTYPES[self.dtype].itemsize
+
+
+class ShardReader:
+    """All tensors of one folder of safetensors files, whatever the number of shards.
+
+    Opening reads headers only and raises CheckpointError with everything wrong with them: files
+    the index names that are missing, truncated files, tensors in two shards or not where the
+    index says. Use as a context manager.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _shard_files(folder)
+        self.infos: dict[str, TensorInfo] = {}
+        self.shard_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+        problems = [problem for name in self.files for problem in self._read_header(name)]
+        problems += _index_problems(folder, self.shard_of)
+        if problems:
+            self._stack.close()
+            raise CheckpointError(str(folder), problems, hint="download or copy the files again")
+
+    def _read_header(self, name: str) -> list[str]:
+        try:
+            handle = self._stack.enter_context(
+                safe_open(str(self.folder / name), framework="pt", device="cpu")
+            )
+        except (SafetensorError, OSError) as error:
+            return [f"{name}: cannot be read ({error})"]
+        problems = []
+        for tensor in handle.keys():
+            if tensor in self.shard_of:
+                problems.append(f"{tensor}: in both {self.shard_of[tensor]} and {name}")
+            view = handle.get_slice(tensor)
+            self.infos[tensor] = TensorInfo(view.get_dtype(), tuple(view.get_shape()))
+            self.shard_of[tensor] = name
+            if view.get_dtype() not in DTYPES:
+                problems.append(f"{tensor}: dtype {view.get_dtype()} is not supported")
+        self._open[name] = handle
+        return problems
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in its dtype on disk."""
+        tensor: Tensor = self._open[self.shard_of[name]].get_tensor(name)
+        return tensor
+
+    def metadata(self) -> dict[str, str]:
+        """The safetensors metadata of the first shard."""
+        return dict(self._open[self.files[0]].metadata() or {})
+
+    def shards(self) -> Iterator[tuple[str, list[str]]]:
+        """(file name, its tensors) for every shard, in order."""
+        for file in self.files:
+            yield file, [name for name, home in self.shard_of.items() if home == file]
+
+    def fingerprint(self) -> str:
+        """A hash over every tensor's name, type, shape and first bytes: cheap at any size, and
+        different for any finetune or merge (which move the first row of some weight)."""
+        digest = hashlib.sha256()
+        for name in sorted(self.infos):
+            info = self.infos[name]
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            view = self._open[self.shard_of[name]].get_slice(name)
+            first = self.read(name) if not info.shape else view[:1]
+            digest.update(raw_bytes(first)[:FINGERPRINT_BYTES])
+        return digest.hexdigest()
+
+
+def _shard_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing", hint="expected a diffusers model folder")
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        raise ModelError(f"{folder} has {len(indexes)} index files, expected one")
+    if indexes:
+        return sorted(set(_weight_map(indexes[0]).values()))
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ModelError(
+            f"{folder} holds {len(files)} .safetensors files and no index; "
+            "expected one file, or shards with an index"
+        )
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not a safetensors index: {error}") from None
+
+
+def _index_problems(folder: Path, shard_of: Mapping[str, str]) -> list[str]:
+    problems = []
+    for index in folder.glob(f"*{INDEX_SUFFIX}"):
+        listed = _weight_map(index)
+        for name in sorted(set(listed) | set(shard_of)):
+            where, found = listed.get(name), shard_of.get(name)
+            if where != found:
+                problems.append(
+                    f"{name}: the index says {where or 'nothing'}, found in {found or 'no shard'}"
+                )
+    return problems
+
+
+def write_shard(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, asking `produce` for one tensor at a time.
+
+    Tensors lie in order of falling alignment, then name, as the library lays them out. The bytes
+    depend on the arguments alone. Raises ValueError when a produced tensor is not as announced.
+    """
+    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        end = offset + infos[name].num_bytes
+        header[name] = {
+            "dtype": infos[name].dtype,
+            "shape": list(infos[name].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for name in order:
+            tensor = produce(name)
+            if info_of(tensor) != infos[name]:
+                raise ValueError(f"{name}: announced {infos[name]}, got {info_of(tensor)}")
+            file.write(raw_bytes(tensor))
+    os.chmod(path, 0o644)
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index beside several shards."""
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def info_of(tensor: Tensor) -> TensorInfo:
+    return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

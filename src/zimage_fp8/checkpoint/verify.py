@@ -1,0 +1,288 @@
+"""VERB verify: everything that would corrupt a picture without an error message.
+
+Loaders of this format forgive too much. A missing scale is a warning and the parameter keeps a
+sentinel; a BF16 tensor where FP8 was promised is cast silently; a text encoder the ignore list
+forgets gets garbage scales. Each check below is one such trap.
+"""
+
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zimage_fp8.checkpoint.dialects import (
+    CONFIG_KEY,
+    OWN_KEY,
+    StoredQuantization,
+    is_ignored,
+    read_stored,
+    stored_infos,
+    tensor_problems,
+)
+from zimage_fp8.checkpoint.shards import ShardReader
+from zimage_fp8.checkpoint.writer import WeightScales
+from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.layout import (
+    fused_name,
+    linear_shapes,
+    members_of,
+    read_config,
+    tensor_shapes,
+)
+from zimage_fp8.numerics import QMAX
+from zimage_fp8.quant.linear import quantize_weight
+from zimage_fp8.quant.policy import GEMM_MULTIPLE, PRESETS, Plan, find_policy, resolve
+
+COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+
+OnLayer = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong. An error corrupts pictures somewhere; a warning costs quality or time."""
+
+    level: Literal["error", "warning"]
+    where: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    folder: str
+    policy: str
+    quantized_linears: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        return not any(finding.level == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    folder: Path
+    reader: ShardReader
+    stored: StoredQuantization
+    config: Mapping[str, object]
+    linears: Mapping[str, tuple[int, ...]]
+
+    @property
+    def plan(self) -> Plan:
+        return self.stored.plan
+
+
+def verify(
+    folder: Path, against: Path | None = None, on_layer: OnLayer | None = None
+) -> Verification:
+    """Check a quantized pipeline folder; `against` is the BF16 pipeline it was made from.
+
+    Raises ModelError or CheckpointError when it cannot be opened at all (not a Z-Image folder,
+    truncated shards), UsageError when it is not quantized. Everything else is a finding.
+    """
+    transformer = folder / "transformer"
+    config, raw = read_config(transformer)
+    linears, shapes = linear_shapes(config), tensor_shapes(config)
+    stored = read_stored(raw, list(linears))
+    if stored is None:
+        raise UsageError(f"{folder} is not quantized: transformer/config.json has no {CONFIG_KEY}")
+    with ShardReader(transformer) as reader:
+        checkpoint = _Checkpoint(folder, reader, stored, raw, linears)
+        findings = [
+            *_check_folder(checkpoint),
+            *_check_config(checkpoint),
+            *_check_coverage(checkpoint),
+        ]
+        problems = tensor_problems(reader.infos, stored_infos(stored.plan, shapes))
+        findings += [Finding("error", "tensors", problem) for problem in problems]
+        findings += _check_numbers(checkpoint, on_layer)
+        if against is not None and not problems:
+            findings += _check_against(checkpoint, against)
+    return Verification(
+        str(folder), stored.plan.policy, len(stored.plan.quantized), tuple(findings)
+    )
+
+
+def _check_folder(checkpoint: _Checkpoint) -> Iterator[Finding]:
+    folder = checkpoint.folder
+    if not (folder / "model_index.json").is_file():
+        yield Finding("error", "model_index.json", "missing: no loader will find the pipeline")
+    for name in COMPONENTS:
+        if not (folder / name).is_dir() or not any((folder / name).iterdir()):
+            yield Finding("error", name, "missing: the folder is not a complete pipeline")
+    for path in sorted((folder / "transformer").glob("*.safetensors")):
+        if not path.stat().st_mode & stat.S_IROTH:
+            message = "readable by its owner only: a container under another user cannot load it"
+            yield Finding("warning", path.name, message)
+    if "_name_or_path" in checkpoint.config:
+        yield Finding("warning", "config.json", "_name_or_path tells where it was made; remove it")
+
+
+def _check_config(checkpoint: _Checkpoint) -> Iterator[Finding]:
+    config = checkpoint.config[CONFIG_KEY]
+    assert isinstance(config, dict)
+    is_nested = isinstance(config.get("quantization"), dict)
+    if "exclude_modules" in config and not is_nested:
+        yield Finding(
+            "error",
+            "exclude_modules",
+            "belongs to the nested form; in the flat one loaders read `ignore`: nothing is excluded",
+        )
+    ignore = [
+        str(p)
+        for p in (config["quantization"] if is_nested else config).get(
+            "exclude_modules" if is_nested else "ignore", []
+        )
+    ]
+    for needed, example in (("model*", "model.layers.0.mlp.gate_proj"), ("lm_head*", "lm_head")):
+        if not any(p in example or fnmatchcase(example, p) for p in ignore):
+            yield Finding(
+                "error",
+                "ignore",
+                f"does not cover {needed}: vLLM-Omni would read the text encoder's BF16 weights "
+                "as FP8 without scales",
+            )
+    for pattern in ignore:
+        hit = [layer for layer in checkpoint.linears if is_ignored(layer, [pattern])]
+        blocks = {".".join(layer.split(".")[:2]) for layer in hit}
+        if "*" not in pattern and pattern.rpartition(".")[2].isdigit() and len(blocks) > 1:
+            yield Finding(
+                "error",
+                "ignore",
+                f"{pattern!r} is matched as a substring and hits {len(blocks)} blocks "
+                f"({', '.join(sorted(blocks)[:3])}, …); write {pattern + '.*'!r}",
+            )
+
+
+def _check_coverage(checkpoint: _Checkpoint) -> Iterator[Finding]:
+    """The plan against the fused groups, the shapes, and the policy it claims to follow."""
+    plan = checkpoint.plan
+    for layer in plan.quantized:
+        group = members_of(fused_name(layer))
+        if layer == group[0] or plan.spec(group[0]) is None:
+            kept = [member for member in group if plan.spec(member) is None]
+            if kept:
+                message = f"{', '.join(kept)} stay BF16 while {layer} is FP8: one GEMM, one type"
+                yield Finding("error", fused_name(layer), message)
+        if any(size % GEMM_MULTIPLE for size in checkpoint.linears[layer]):
+            shape = list(checkpoint.linears[layer])
+            yield Finding("error", layer, f"{shape} is not in multiples of {GEMM_MULTIPLE}")
+    for rule in PRESETS["full"].rules:
+        if rule.spec is None and rule.pattern != "*":
+            for layer in plan.quantized:
+                if rule.matches(layer):
+                    yield Finding("error", layer, f"must stay BF16: {rule.why}")
+    yield from _check_policy(checkpoint)
+
+
+def _check_policy(checkpoint: _Checkpoint) -> Iterator[Finding]:
+    name = checkpoint.stored.facts.get("policy")
+    if not isinstance(name, str):
+        yield Finding("warning", OWN_KEY, "the checkpoint does not say which policy made it")
+        return
+    try:
+        claimed = resolve(find_policy(name), checkpoint.linears)
+    except ZImageError:
+        return  # a policy of the user's own; its rules are in the config, not in this program
+    plan = checkpoint.plan
+    wrong = [layer for layer in plan.entries if plan.spec(layer) != claimed.spec(layer)]
+    if wrong:
+        yield Finding(
+            "error",
+            "policy",
+            f"claims {name!r} but differs in {len(wrong)} layers: {', '.join(wrong[:3])}",
+        )
+
+
+def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Finding]:
+    """Scales finite and positive, shared where they must be; codes finite and using their range."""
+    findings: list[Finding] = []
+    layers = checkpoint.plan.quantized
+    for done, layer in enumerate(layers):
+        findings += _check_scales(checkpoint, layer)
+        findings += _check_codes(checkpoint, layer)
+        if on_layer is not None:
+            on_layer(done + 1, len(layers))
+    for fused in sorted({fused_name(layer) for layer in layers}):
+        findings += _check_sharing(checkpoint, fused)
+    return findings
+
+
+def _check_scales(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
+    for leaf in ("weight_scale", "input_scale"):
+        name = f"{layer}.{leaf}"
+        if name not in checkpoint.reader.infos:
+            continue
+        scale = checkpoint.reader.read(name).float()
+        if not scale.isfinite().all():
+            yield Finding("error", name, "is not finite: every picture will be noise")
+        elif (scale <= 0).any():
+            yield Finding("error", name, f"is {scale.min().item():g}, a scale must be positive")
+
+
+def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
+    info = checkpoint.reader.infos.get(f"{layer}.weight")
+    if info is None or info.dtype != "F8_E4M3":
+        return
+    codes = checkpoint.reader.read(f"{layer}.weight").float()
+    if bad := int(codes.isnan().sum()):
+        yield Finding("error", f"{layer}.weight", f"{bad} of {codes.numel()} codes are NaN")
+    elif not codes.any():
+        yield Finding("error", f"{layer}.weight", "is all zero")
+
+
+def _check_sharing(checkpoint: _Checkpoint, fused: str) -> Iterator[Finding]:
+    members, read = members_of(fused), checkpoint.reader.read
+    if len(members) == 1:
+        return
+    for leaf, level, cost in (
+        ("weight_scale", "warning", "vLLM will quantize the group again: double rounding"),
+        ("input_scale", "error", "they share one input"),
+    ):
+        names = [f"{member}.{leaf}" for member in members]
+        if not all(n in checkpoint.reader.infos for n in names):
+            continue
+        scales = [read(name).float() for name in names]
+        if any(scale.numel() != 1 for scale in scales):
+            continue
+        if len({scale.item() for scale in scales}) > 1:
+            shown = ", ".join(f"{scale.item():.6g}" for scale in scales)
+            yield Finding(level, fused, f"{leaf} differs within the group ({shown}): {cost}")
+
+
+def _check_against(checkpoint: _Checkpoint, source: Path) -> Iterator[Finding]:
+    """Every scale and code recomputed from the BF16 weights, every kept tensor compared."""
+    reader, plan = checkpoint.reader, checkpoint.plan
+    with ShardReader(source / "transformer") as original:
+        scales = WeightScales(original)
+        for name in reader.infos:
+            layer, _, leaf = name.rpartition(".")
+            spec = plan.spec(layer) if layer in plan.entries else None
+            if spec is None:
+                if name not in original.infos:
+                    yield Finding("error", name, f"is not in {source}")
+                elif not _equal(reader.read(name), original.read(name)):
+                    yield Finding("error", name, "is kept in BF16 but differs from the source")
+            elif leaf == "weight":
+                scale = reader.read(f"{layer}.weight_scale")
+                expected = scales.scale(layer, plan)
+                if not _equal(scale.reshape(expected.shape), expected):
+                    message = f"is not amax/{QMAX[spec.format]:g} of the source"
+                    yield Finding("error", f"{layer}.weight_scale", message)
+                elif not _equal(
+                    reader.read(name), quantize_weight(original.read(name), expected, spec)
+                ):
+                    yield Finding("error", name, "codes differ from the source quantized anew")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,189 @@
+"""Write a quantized checkpoint: shard by shard, one tensor in memory at a time, all or nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from zimage_fp8.checkpoint.dialects import stored_infos, write_config
+from zimage_fp8.checkpoint.shards import (
+    ShardReader,
+    TensorInfo,
+    write_index,
+    write_shard,
+)
+from zimage_fp8.errors import ZImageError
+from zimage_fp8.layout import fused_name, members_of, read_config, tensor_shapes
+from zimage_fp8.quant.calibrate import Calibration, write_calibration
+from zimage_fp8.quant.linear import quantize_weight, weight_amax, weight_scales
+from zimage_fp8.quant.policy import Plan
+
+CALIBRATION_FILE = "calibration.json"
+SHARD_STEM = "diffusion_pytorch_model"
+
+OnTensor = Callable[[int, int], None]  # (bytes of source read, bytes of source in all)
+
+
+@dataclass
+class WeightScales:
+    """The weight scales of a model, measured once and shared by every policy of a run."""
+
+    reader: ShardReader
+    _amax: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def scale(self, layer: str, plan: Plan) -> Tensor:
+        """The weight scale of one linear: shared within its fused group when per tensor."""
+        spec = plan.entries[layer].spec
+        if spec is None:
+            raise ValueError(f"{layer} is kept in BF16")
+        members = members_of(fused_name(layer))
+        for member in members:
+            if (member, spec.weight) not in self._amax:
+                weight = self.reader.read(f"{member}.weight")
+                self._amax[member, spec.weight] = weight_amax(weight, spec)
+        amaxes = [self._amax[member, spec.weight] for member in members]
+        return weight_scales(amaxes, spec)[members.index(layer)]
+
+
+def write_checkpoint(
+    source: Path,
+    plan: Plan,
+    calibration: Calibration | None,
+    facts: Mapping[str, object],
+    out: Path,
+    scales: WeightScales,
+    on_tensor: OnTensor | None = None,
+) -> None:
+    """Write the pipeline folder `source`, its transformer quantized by `plan`, to `out`.
+
+    The other components are hard-linked or copied. Everything goes to a temporary folder beside
+    `out` and is renamed when complete. The same input gives the same bytes.
+    """
+    with complete_or_nothing(out) as partial:
+        _link_components(source, partial)
+        if calibration is not None:
+            write_calibration(calibration, partial / CALIBRATION_FILE)
+        _write_transformer(
+            source / "transformer",
+            partial / "transformer",
+            _Content(scales, plan, calibration),
+            facts,
+            on_tensor,
+        )
+
+
+@contextmanager
+def complete_or_nothing(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block succeeds, and is removed when not."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise ZImageError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What each tensor of the new transformer is."""
+
+    scales: WeightScales
+    plan: Plan
+    calibration: Calibration | None
+
+    def produce(self, name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        entry = self.plan.entries.get(layer)
+        if entry is None or entry.spec is None:
+            return self.scales.reader.read(name)
+        if leaf == "weight":
+            weight = self.scales.reader.read(name)
+            return quantize_weight(weight, self.scales.scale(layer, self.plan), entry.spec)
+        if leaf == "weight_scale":
+            return self.scales.scale(layer, self.plan)
+        if leaf == "input_scale" and self.calibration is not None:
+            return self.calibration.input_scale(layer, entry.spec)
+        return self.scales.reader.read(name)
+
+
+def _write_transformer(
+    source: Path,
+    out: Path,
+    content: _Content,
+    facts: Mapping[str, object],
+    on_tensor: OnTensor | None,
+) -> None:
+    out.mkdir()
+    config, raw = read_config(source)
+    reader = content.scales.reader
+    infos = new_infos(reader, content.plan, tensor_shapes(config))
+    done, total = 0, sum(info.num_bytes for info in reader.infos.values())
+    weight_map: dict[str, str] = {}
+
+    def produce(name: str) -> Tensor:
+        nonlocal done
+        tensor = content.produce(name)
+        if name in reader.infos:
+            done += reader.infos[name].num_bytes
+            if on_tensor is not None:
+                on_tensor(done, total)
+        return tensor
+
+    for file, names in reader.shards():
+        shard = {name: infos[name] for name in _with_scales(names, infos)}
+        write_shard(out / file, shard, produce, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if len(reader.files) > 1:
+        write_index(out, SHARD_STEM, weight_map, sum(info.num_bytes for info in infos.values()))
+    new_config = write_config(content.plan, raw, facts)
+    (out / "config.json").write_text(json.dumps(new_config, indent=2) + "\n")
+
+
+def new_infos(
+    reader: ShardReader, plan: Plan, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorInfo]:
+    """Tensors of the quantized transformer; kept ones stay exactly as they are in the source."""
+    infos = stored_infos(plan, shapes)
+    return {
+        name: reader.infos[name] if name in reader.infos and info.dtype == "BF16" else info
+        for name, info in infos.items()
+    }
+
+
+def _with_scales(names: Iterable[str], infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    for name in names:
+        yield name
+        layer = name.removesuffix(".weight")
+        for scale in (f"{layer}.weight_scale", f"{layer}.input_scale"):
+            if layer != name and scale in infos:
+                yield scale
+
+
+def _link_components(source: Path, out: Path) -> None:
+    """Everything but the transformer, as it is. Hidden files and the source's card stay behind."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        is_hidden = any(part.startswith((".", "__")) for part in relative.parts)
+        if relative.parts[0] == "transformer" or is_hidden or path.is_dir():
+            continue
+        if path.suffix not in (".json", ".safetensors", ".txt", ".jinja") and path.name != "NOTICE":
+            continue
+        target = out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path.resolve(), target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+        os.chmod(target, 0o644)

@@ -1,0 +1,70 @@
+"""VERB generate: a prompt in, PNG files out."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.picture import encode_png
+
+OnStep = Callable[[int, int, int], None]  # (picture, steps done, steps in all)
+
+
+def generate(
+    pipeline: Pipeline,
+    request: ImageRequest,
+    out: Path,
+    *,
+    count: int = 1,
+    embed_metadata: bool = True,
+    on_step: OnStep | None = None,
+) -> list[Path]:
+    """Draw `count` pictures with seeds seed, seed+1, … and write them.
+
+    One picture goes to `out`; several to out-0.png, out-1.png, …. Raises UsageError for a request
+    that cannot be drawn and ZImageError when a file cannot be written.
+    """
+    check_request(pipeline, request, out, count)
+    files = []
+    for index in range(count):
+        one = replace(request, seed=request.seed + index)
+        image = pipeline.generate(one, _for_picture(on_step, index))
+        path = out if count == 1 else out.with_stem(f"{out.stem}-{index}")
+        _write(path, encode_png(image, pipeline.describe(), embed_metadata=embed_metadata))
+        files.append(path)
+    return files
+
+
+def check_request(pipeline: Pipeline, request: ImageRequest, out: Path, count: int) -> None:
+    """Everything that can be refused before the first step."""
+    pipeline.validate(request)
+    if not 1 <= count <= 100:
+        raise UsageError(f"n is {count}, expected 1 to 100", param="n")
+    if request.negative_prompt and not request.guidance:
+        raise UsageError(
+            "a negative prompt does nothing at guidance 0",
+            param="negative_prompt",
+            hint="add --guidance 1 (twice the work), or leave it out",
+        )
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"output {out} must end in .png", param="output")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ZImageError(f"cannot write {out}: {out.parent} is not a writable folder")
+
+
+def _for_picture(on_step: OnStep | None, index: int) -> Callable[[int, int], None] | None:
+    if on_step is None:
+        return None
+    return lambda done, total: on_step(index, done, total)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ZImageError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,40 @@
+"""The 8-bit matrix product: codes times codes, scaled once per output element."""
+
+import torch
+from torch import Tensor
+
+from zimage_fp8.numerics import dequantize
+
+K_N_MULTIPLE = 16  # what FP8 tensor cores ask of both dimensions of a weight
+
+
+def scaled_mm_reference(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What `scaled_mm` computes: dequantize in fp32, multiply, round once."""
+    x_hat = dequantize(q, scale)
+    weight_hat = dequantize(weight, _column(weight_scale))
+    return (x_hat @ weight_hat.T).to(dtype)
+
+
+def scaled_mm(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`(q · scale) @ (weight · weight_scale).T` on 8-bit codes.
+
+    q: [tokens, in]; scale: fp32 [] or [tokens, 1]; weight: [out, in]; weight_scale: fp32 [] or
+    [out]. Returns [tokens, out] in `dtype`. On the CPU and in BF16 it equals the reference bit for
+    bit, so tests without a GPU exercise the real arithmetic.
+    """
+    if scale.ndim or weight_scale.ndim:  # `_scaled_mm` takes two scalars or two vectors
+        scale = _vector(scale, len(q))[:, None]
+        weight_scale = _vector(weight_scale, len(weight))[None]
+    return torch._scaled_mm(q, weight.T, scale, weight_scale, out_dtype=dtype)
+
+
+def _vector(scale: Tensor, length: int) -> Tensor:
+    return scale.reshape(-1).expand(length).clone(memory_format=torch.contiguous_format)
+
+
+def _column(weight_scale: Tensor) -> Tensor:
+    return weight_scale[:, None] if weight_scale.ndim else weight_scale

@@ -1,0 +1,176 @@
+"""What a Z-Image transformer's checkpoint contains: its config, its tensors' names and shapes.
+
+Names are diffusers'. Tensors that share an input are separate on disk and fused at load; their
+members and order are stated here once (`FUSED`), for the policy, the writer and the model.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from zimage_fp8.errors import ModelError
+
+PATCH = 2
+PATCH_KEY = "2-1"  # diffusers' key for patch size 2, one frame
+ADALN_DIM = 256
+TIME_HIDDEN_DIM = 1024
+
+FUSED: dict[str, tuple[str, ...]] = {
+    "attention.to_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
+}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """The shape of a Z-Image transformer; field names are those of its config.json."""
+
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    cap_feat_dim: int = 2560
+    in_channels: int = 16
+    norm_eps: float = 1e-5
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return int(self.dim / 3 * 8)
+
+    @property
+    def time_dim(self) -> int:
+        return min(self.dim, ADALN_DIM)
+
+    @property
+    def patch_dim(self) -> int:
+        return PATCH * PATCH * self.in_channels
+
+
+def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
+    """The config of the transformer in `folder`, and config.json as it stands.
+
+    Raises ModelError when the file is missing, damaged, or of an architecture this program does
+    not run.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: {folder} is not a transformer folder") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if (found := raw.get("_class_name")) != "ZImageTransformer2DModel":
+        raise ModelError(
+            f"{path} describes {found or 'no class'}, expected ZImageTransformer2DModel",
+            hint="this program runs the Z-Image transformer only",
+        )
+    for key, expected in UNSUPPORTED.items():
+        if raw.get(key, expected) != expected:
+            raise ModelError(f"{path}: {key} is {raw[key]!r}, only {expected!r} is supported")
+    if raw.get("n_kv_heads", raw.get("n_heads")) != raw.get("n_heads"):
+        raise ModelError(f"{path}: n_kv_heads differs from n_heads, which is not supported")
+    known = {field.name for field in fields(ZImageConfig)}
+    values = {key: _frozen(value) for key, value in raw.items() if key in known}
+    return ZImageConfig(**values), raw
+
+
+UNSUPPORTED: dict[str, object] = {
+    "siglip_feat_dim": None,
+    "qk_norm": True,
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+}
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def tensor_shapes(config: ZImageConfig) -> dict[str, Shape]:
+    """Every tensor of an unquantized transformer: name -> shape, in reading order."""
+    dim, time = config.dim, config.time_dim
+    shapes: dict[str, Shape] = {
+        "x_pad_token": (1, dim),
+        "cap_pad_token": (1, dim),
+        **_linear("t_embedder.mlp.0", ADALN_DIM, TIME_HIDDEN_DIM),
+        **_linear("t_embedder.mlp.2", TIME_HIDDEN_DIM, time),
+        **_linear(f"all_x_embedder.{PATCH_KEY}", config.patch_dim, dim),
+        "cap_embedder.0.weight": (config.cap_feat_dim,),
+        **_linear("cap_embedder.1", config.cap_feat_dim, dim),
+        **_linear(f"all_final_layer.{PATCH_KEY}.linear", dim, config.patch_dim),
+        **_linear(f"all_final_layer.{PATCH_KEY}.adaLN_modulation.1", time, dim),
+    }
+    for block in block_names(config):
+        shapes |= {f"{block}.{name}": shape for name, shape in _block_shapes(config).items()}
+        if not block.startswith("context_refiner."):
+            shapes |= _linear(f"{block}.adaLN_modulation.0", time, 4 * dim)
+    return shapes
+
+
+def linear_shapes(config: ZImageConfig) -> dict[str, Shape]:
+    """Every linear layer: module name -> [out, in]."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensor_shapes(config).items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+
+
+def block_names(config: ZImageConfig) -> list[str]:
+    """Every transformer block: both refiners, then the layers."""
+    refiners = range(config.n_refiner_layers)
+    return [
+        *(f"noise_refiner.{index}" for index in refiners),
+        *(f"context_refiner.{index}" for index in refiners),
+        *(f"layers.{index}" for index in range(config.n_layers)),
+    ]
+
+
+def fused_name(layer: str) -> str:
+    """The module that holds a linear once loaded: `….attention.to_q` -> `….attention.to_qkv`."""
+    for fused, members in FUSED.items():
+        for member in members:
+            if layer.endswith("." + member):
+                return layer.removesuffix(member) + fused
+    return layer
+
+
+def members_of(module: str) -> tuple[str, ...]:
+    """The linears on disk behind a loaded module, in the order their rows are stacked."""
+    for fused, members in FUSED.items():
+        if module.endswith("." + fused):
+            return tuple(module.removesuffix(fused) + member for member in members)
+    return (module,)
+
+
+def _block_shapes(config: ZImageConfig) -> dict[str, Shape]:
+    dim, ffn = config.dim, config.ffn_dim
+    return {
+        "attention.to_q.weight": (dim, dim),
+        "attention.to_k.weight": (dim, dim),
+        "attention.to_v.weight": (dim, dim),
+        "attention.to_out.0.weight": (dim, dim),
+        "attention.norm_q.weight": (config.head_dim,),
+        "attention.norm_k.weight": (config.head_dim,),
+        "feed_forward.w1.weight": (ffn, dim),
+        "feed_forward.w2.weight": (dim, ffn),
+        "feed_forward.w3.weight": (ffn, dim),
+        "attention_norm1.weight": (dim,),
+        "attention_norm2.weight": (dim,),
+        "ffn_norm1.weight": (dim,),
+        "ffn_norm2.weight": (dim,),
+    }
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

@@ -1,0 +1,220 @@
+"""From a prompt to pixels: encode, draw noise, denoise, decode."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zimage_fp8.checkpoint.dialects import StoredQuantization
+from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.layout import PATCH
+from zimage_fp8.model.sampling import (
+    OnStep,
+    Velocity,
+    denoise,
+    draw_latent,
+    guide,
+    schedule,
+    transformer_time,
+)
+from zimage_fp8.model.text import TextEncoder
+from zimage_fp8.model.vae import Decoder
+from zimage_fp8.model.z_image import ZImageTransformer, pad_captions
+from zimage_fp8.provenance import commit, versions
+from zimage_fp8.quant.policy import Plan
+
+SIZE_MULTIPLE = 16  # the VAE's factor 8 times the transformer's patch of 2
+MAX_STEPS = 200
+MAX_GUIDANCE = 20.0
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One picture. `steps` are denoise steps; `guidance` 0 is off; one seed is one latent."""
+
+    prompt: str
+    width: int
+    height: int
+    negative_prompt: str = ""
+    steps: int = 8
+    guidance: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """pixels: uint8 [height, width, 3]. nfe: DiT forwards. timings_s: encode, denoise, decode."""
+
+    pixels: np.ndarray
+    request: ImageRequest
+    sigmas: tuple[float, ...]
+    nfe: int
+    timings_s: dict[str, float]
+
+
+class Pipeline:
+    """A loaded model. Not thread-safe: one thread draws."""
+
+    def __init__(
+        self,
+        model: str,
+        transformer: ZImageTransformer,
+        text: TextEncoder,
+        decoder: Decoder,
+        *,
+        plan: Plan,
+        shift: float,
+        stored: StoredQuantization | None = None,
+    ) -> None:
+        self.model = model
+        self.transformer = transformer
+        self.text = text
+        self.decoder = decoder
+        self.plan = plan
+        self.shift = shift
+        self.stored = stored
+        self.dtype = transformer.x_pad_token.dtype
+        self.device = transformer.x_pad_token.device
+        sample = int(getattr(decoder.vae.config, "sample_size", 1024))
+        self.default_size = (sample, sample)
+
+    @property
+    def policy(self) -> str:
+        return self.plan.policy
+
+    def validate(self, request: ImageRequest) -> None:
+        """Raise UsageError, naming the field, when the request cannot be drawn."""
+        if not request.prompt.strip():
+            raise UsageError("the prompt is empty; describe a picture", param="prompt")
+        self.text.tokens(request.prompt)
+        self.text.tokens(request.negative_prompt)
+        self._validate_size(request)
+        if not 1 <= request.steps <= MAX_STEPS:
+            raise UsageError(
+                f"steps is {request.steps}, expected 1 to {MAX_STEPS}; Turbo is made for 8",
+                param="steps",
+            )
+        if not 0 <= request.guidance <= MAX_GUIDANCE:
+            raise UsageError(
+                f"guidance is {request.guidance}, expected 0 (off) to {MAX_GUIDANCE:g}",
+                param="guidance",
+            )
+        if not 0 <= request.seed < 2**63:
+            raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
+
+    def _validate_size(self, request: ImageRequest) -> None:
+        size = f"{request.width}x{request.height}"
+        if request.width < 1 or request.height < 1:
+            raise UsageError(f"size {size}: both sides must be positive", param="size")
+        if request.width % SIZE_MULTIPLE or request.height % SIZE_MULTIPLE:
+            nearest = (
+                max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
+                for side in (request.width, request.height)
+            )
+            raise UsageError(
+                f"size {size}: both sides must be multiples of {SIZE_MULTIPLE}; "
+                f"the nearest is {'x'.join(map(str, nearest))}",
+                param="size",
+            )
+        _, rows, columns = self.transformer.config.axes_lens
+        limit = min(rows, columns) * 8 * PATCH
+        if max(request.width, request.height) > limit:
+            raise UsageError(f"size {size}: this model draws at most {limit} a side", param="size")
+
+    @torch.inference_mode()
+    def generate(self, request: ImageRequest, on_step: OnStep | None = None) -> GeneratedImage:
+        """Draw one picture. `on_step(done, total)` runs after every step and may raise to cancel.
+
+        Raises UsageError for a request that cannot be drawn, ZImageError when the numbers are not
+        finite.
+        """
+        self.validate(request)
+        clock = _Clock(self.device)
+        velocity = self.velocity(request)
+        clock.lap("encode")
+        sigmas = schedule(request.steps, self.shift)
+        latent = denoise(velocity, self.draw_latent(request), sigmas, on_step)
+        clock.lap("denoise")
+        if not latent.isfinite().all():
+            raise ZImageError(
+                f"the latent is not finite under policy {self.policy!r}; no picture was drawn",
+                hint="run zimage-fp8 verify on the checkpoint, or try --dtype float32",
+            )
+        pixels = self.decoder.decode(latent)
+        clock.lap("decode")
+        nfe = request.steps * (2 if request.guidance else 1)
+        return GeneratedImage(pixels, request, sigmas, nfe, clock.laps)
+
+    def draw_latent(self, request: ImageRequest) -> Tensor:
+        channels = self.transformer.config.in_channels
+        latent = draw_latent(request.seed, channels, request.height, request.width)
+        return latent.to(self.device)
+
+    @torch.inference_mode()
+    def velocity(self, request: ImageRequest) -> Velocity:
+        """The velocity field of a prompt: captions are encoded and refined once, here.
+
+        Positive and negative captions may lie in different 32-token buckets, so each has its own
+        forward.
+        """
+        positive = self._refine(request.prompt)
+        if not request.guidance:
+            return lambda latent, sigma: -self._forward(latent, sigma, positive)
+        negative = self._refine(request.negative_prompt)
+
+        def guided(latent: Tensor, sigma: float) -> Tensor:
+            with_prompt = self._forward(latent, sigma, positive)
+            without = self._forward(latent, sigma, negative)
+            return -guide(with_prompt, without, request.guidance)
+
+        return guided
+
+    def _refine(self, prompt: str) -> Tensor:
+        return self.transformer.refine_caption(*pad_captions([self.text.encode(prompt)]))
+
+    def _forward(self, latent: Tensor, sigma: float, caption: Tensor) -> Tensor:
+        t = transformer_time(sigma).to(self.device)
+        output: Tensor = self.transformer(latent, t, caption)
+        return output.float()
+
+    def describe(self) -> dict[str, object]:
+        """What runs, for logs, records and pictures."""
+        quantized = [self.plan.spec(layer) for layer in self.plan.quantized]
+        return {
+            "model": self.model,
+            "policy": self.policy,
+            "quantized_linears": len(quantized),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": _device_name(self.device),
+            "attention": "torch scaled_dot_product_attention",
+            "gemm": "torch _scaled_mm (E4M3) and linear" if quantized else "torch linear",
+            "calibration": self.stored.facts.get("calibration_digest") if self.stored else None,
+            "versions": versions(),
+            "commit": commit(),
+        }
+
+
+@dataclass
+class _Clock:
+    """Wall time per stage, with the device's queue drained at every lap."""
+
+    device: torch.device
+    laps: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._last = self._now()
+
+    def lap(self, stage: str) -> None:
+        now = self._now()
+        self.laps[stage], self._last = now - self._last, now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,83 @@
+"""The text encoder: Qwen3, run on the prompt's real tokens, up to the layer that is read.
+
+Z-Image reads `hidden_states[-2]`, the output of the layer before the last. The encoder is causal,
+so tokens after the prompt change nothing: no padding to 512. The last layer, the final norm and
+the language-model head feed nothing and are never loaded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from zimage_fp8.errors import ModelError, UsageError
+
+MAX_TOKENS = 512
+
+
+class TextEncoder:
+    """Prompts in, captions out: [tokens, cap_feat_dim]."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.model = _load_qwen3(folder / "text_encoder", dtype).to(device)
+        self.device = device
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Token ids of the prompt inside Qwen's chat template (thinking on).
+
+        Raises UsageError for prompts of more than 512 tokens: nothing is cut silently.
+        """
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        ids: list[int] = self.tokenizer(text).input_ids
+        if len(ids) > MAX_TOKENS:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, at most {MAX_TOKENS} are read; shorten it",
+                param="prompt",
+            )
+        return ids
+
+    def encode(self, prompt: str) -> Tensor:
+        """The caption of one prompt, [tokens, cap_feat_dim] in the model's dtype."""
+        ids = torch.tensor([self.tokens(prompt)], device=self.device)
+        caption: Tensor = self.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return caption
+
+
+def _load_qwen3(folder: Path, dtype: torch.dtype) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3":
+        raise ModelError(f"{folder} is a {config.model_type} model, expected qwen3")
+    config.num_hidden_layers -= 1
+    config.layer_types = config.layer_types[:-1]
+    with _quiet():  # the layer left out is reported as unexpected
+        model, report = AutoModel.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    if problems := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+        raise ModelError(f"{folder}: missing or mis-shaped tensors: {', '.join(problems[:5])}")
+    model.norm = nn.Identity()  # so last_hidden_state is what hidden_states[-2] was
+    module: nn.Module = model.eval()
+    return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Which layers become 8 bits and how: policies, the quantized linear layer, calibration."""

@@ -1,0 +1,64 @@
+"""Around every request: an id, the time it took, one log line, and no stack trace on the wire."""
+
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from zimage_fp8.serve.failures import INTERNAL, answer
+
+log = logging.getLogger(__name__)
+
+MAX_ID_LENGTH = 128
+PROBED = ("/health",)  # asked every second by somebody; not worth a log line
+
+
+class RequestLog:
+    """ASGI middleware: the headers `x-request-id` and `openai-processing-ms` on every answer.
+
+    A caller's own x-request-id is kept. Plain ASGI rather than Starlette's BaseHTTPMiddleware,
+    which would hide the client's disconnect from the routes.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(_elapsed_ms(started))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception:  # the last line of defence: whatever it was, the client gets an answer
+            log.exception("request %s failed", request_id)
+            if status == 0:
+                await answer(INTERNAL, str(INTERNAL.message))(scope, receive, send_with_headers)
+        log.log(
+            logging.DEBUG if scope["path"] in PROBED else logging.INFO,
+            "%s %s %d %d ms %s",
+            scope["method"], scope["path"], status, _elapsed_ms(started), request_id,
+        )  # fmt: skip
+
+
+def _elapsed_ms(started: float) -> int:
+    return round((time.perf_counter() - started) * 1000)
+
+
+def _request_id(headers: Headers) -> str:
+    sent = headers.get("x-request-id", "")
+    return sent if sent.isprintable() and 0 < len(sent) <= MAX_ID_LENGTH else uuid.uuid4().hex
