@@ -79,12 +79,12 @@ class Codec:
         return (mean - self.shift) * self.scaling
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+    def decode(self, latents: Tensor, batch: int = 32) -> Tensor:
         latents = latents / self.scaling + self.shift
         images = [self.vae.decoder(part.to(self.dtype)).float() for part in latents.split(batch)]
         return torch.cat(images).clamp(-1, 1)
 
-    def reconstruct(self, images: Tensor, batch: int = 64) -> Tensor:
+    def reconstruct(self, images: Tensor, batch: int = 32) -> Tensor:
         return self.decode(torch.cat([self.encode(part) for part in images.split(batch)]), batch)
 
 

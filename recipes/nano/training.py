@@ -1,5 +1,6 @@
 """Training the transformer and the text encoder together, on cached latents."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ def _set_up(
     if start_from and not file.exists():
         state, facts = weights.load_pieces(start_from, denoiser.STEM)
         model.load_state_dict(state)
+        for piece in start_from.glob("vae-*.safetensors"):
+            if not (work.weights / piece.name).exists():
+                shutil.copyfile(piece, work.weights / piece.name)
     masters = Masters(
         model.trained_parameters(), dtype, lr=shape.lr, betas=(0.9, 0.95), weight_decay=0.01,
         ema=shape.ema,
@@ -108,7 +112,7 @@ def _set_up(
     queue = RowQueue(
         work.data, shape.num_objects, combinations.trained, shape.chunk, (team.rank, masters.steps)
     )
-    codec = Codec(start_from if start_from else work.weights, shape, team.device, dtype)
+    codec = Codec(work.weights, shape, team.device, dtype)
     cache = LatentCache(shape, codec, cutouts, queue)
     work.log(
         f"{len(things)} objects, {combinations.allowed.sum()} combinations, "
