@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import render
 import typer
 
+import render
 from zimage_fp8 import __version__
 from zimage_fp8.cli import app
 

@@ -11,6 +11,7 @@ def main() -> None:
     options = parse()
     # Imported here: options must answer at once, and worker processes import this module too.
     import torch
+
     from recipes.nano.shape import NANO, TINY
     from recipes.nano.team import Team
     from recipes.nano.workspace import Workspace

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models import upsampling
+from torch import Tensor
+
 from recipes.nano import captions, weights
 from recipes.nano.compiling import try_compiled
 from recipes.nano.masters import Masters
@@ -16,7 +18,6 @@ from recipes.nano.shape import LATENT_CHANNELS, SIZE, Shape
 from recipes.nano.sheets import save_sheet
 from recipes.nano.team import Team
 from recipes.nano.workspace import Workspace
-from torch import Tensor
 
 STEM = "vae"
 SAVE_EVERY_S = 60

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch._dynamo
+
 from recipes.nano.workspace import Workspace
 
 torch._dynamo.config.recompile_limit = 32  # three token counts and two caption buckets are known

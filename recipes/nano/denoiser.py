@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from recipes.nano.shape import SHIFT, STEPS, Shape
-from recipes.nano.tokenizer import PAD
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
+from recipes.nano.shape import SHIFT, STEPS, Shape
+from recipes.nano.tokenizer import PAD
 from zimage_fp8.kernels import rms_norm
 from zimage_fp8.model.z_image import Block, ContextBlock, ZImageTransformer
 
@@ -56,7 +56,6 @@ def build_transformer(shape: Shape) -> ZImageTransformer:
     for linear in (*modulated, final.linear, final.adaLN_modulation[1]):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-    _keep_rope_tables(model)
     return model
 
 
@@ -106,19 +105,6 @@ def _run_block(block: Block, x: Tensor, rope: Tensor, time: Tensor) -> Tensor:
 
 def _run_context_block(block: ContextBlock, x: Tensor, rope: Tensor) -> Tensor:
     return ContextBlock.forward(block, x, rope)
-
-
-def _keep_rope_tables(model: ZImageTransformer) -> None:
-    """Form each rotary table once: copying one to the GPU waits for all queued work."""
-    form, tables = model._rope, {}
-
-    def recall(positions: Tensor, device: torch.device) -> Tensor:
-        key = (positions.numpy().tobytes(), device)
-        if key not in tables:
-            tables[key] = form(positions, device)
-        return tables[key]
-
-    model._rope = recall
 
 
 def encode_text(model: Qwen3Model, ids: Tensor) -> Tensor:

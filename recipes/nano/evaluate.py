@@ -14,6 +14,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
+
 from recipes.nano import captions, denoiser, retrieval, weights
 from recipes.nano.autoencoder import Codec, psnr_db
 from recipes.nano.captions import Combinations, Scene, Thing, is_held_out_pair
@@ -23,7 +25,6 @@ from recipes.nano.shape import LATENT_CHANNELS, LATENT_SIZE, LONG, SHIFT, SHORT,
 from recipes.nano.sheets import save_sheet
 from recipes.nano.tokenizer import Captioner
 from recipes.nano.workspace import Workspace
-from torch import Tensor
 
 PROMPT_SEED, NOISE_SEED, PICTURE_SEED = 7, 1, 11
 BATCH = 128

@@ -12,6 +12,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from recipes.nano import captions
 from recipes.nano.autoencoder import Codec, psnr_db
 from recipes.nano.captions import Scene
@@ -20,10 +23,7 @@ from recipes.nano.evaluate import load_denoiser
 from recipes.nano.shape import LATENT_CHANNELS, LATENT_SIZE, LONG, SHIFT, SHORT, SIZE, STEPS, Shape
 from recipes.nano.tokenizer import CHAT, CHAT_TEMPLATE, Captioner
 from recipes.nano.workspace import Workspace
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-
-from zimage_fp8.model.z_image import PACKED
+from zimage_fp8.layout import FUSED
 
 MAX_BYTES = 39_800_000
 SHARD = "14MB"
@@ -101,7 +101,7 @@ def unpack(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Projections that share an input, split into diffusers' separate matrices."""
     split: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        for packed, parts in PACKED.items():
+        for packed, parts in FUSED.items():
             if f"{packed}." in name:
                 pieces = tensor.chunk(len(parts))
                 names = [name.replace(packed, part) for part in parts]

@@ -3,12 +3,13 @@
 import time
 
 import torch
+from torch import Tensor
+
 from recipes.nano.autoencoder import Codec
 from recipes.nano.rows import RowQueue, Rows
 from recipes.nano.scenes import Cutouts
 from recipes.nano.shape import LATENT_CHANNELS, LATENT_SIZE, LONG, SHORT, Shape
 from recipes.nano.tokenizer import VARIANTS
-from torch import Tensor
 
 
 class LatentCache:

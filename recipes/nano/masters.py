@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from recipes.nano.team import Team
 from torch import Tensor, nn
+
+from recipes.nano.team import Team
 
 ALIGN = 64  # elements: every parameter starts on a 128-byte boundary, as fast kernels expect
 

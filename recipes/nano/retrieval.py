@@ -11,6 +11,8 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from recipes.nano.scenes import (
     ONE_JITTER,
     ONE_LONGEST,
@@ -21,7 +23,6 @@ from recipes.nano.scenes import (
     Placement,
 )
 from recipes.nano.shape import SIZE
-from torch import Tensor
 
 CELLS = 32
 BORDER = 6  # pixels

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+
 from recipes.nano.captions import Scene, is_held_out_pair, load_things
 from recipes.nano.tokenizer import Captioner
 

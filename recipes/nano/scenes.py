@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+
 from recipes.nano.captions import RGB, Thing
 from recipes.nano.shape import SIZE
-from torch import Tensor
 
 ONE_LONGEST, ONE_JITTER = (180.0, 208.0), 8.0
 TWO_LONGEST, TWO_JITTER, TWO_OFFSET = (100.0, 112.0), 4.0, 62.0

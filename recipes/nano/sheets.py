@@ -5,8 +5,9 @@ from textwrap import wrap
 
 import torch
 from PIL import Image, ImageDraw
-from recipes.nano.shape import SIZE
 from torch import Tensor
+
+from recipes.nano.shape import SIZE
 
 CAPTION_HEIGHT, LINE_HEIGHT, LINE_LENGTH = 50, 15, 42
 PAPER, INK = (28, 28, 32), (235, 235, 235)

@@ -8,11 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from recipes.nano import captions
 from recipes.nano.captions import Scene, Thing
 from recipes.nano.shape import LONG, SHORT
 from recipes.nano.workspace import Workspace
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PAD = 0

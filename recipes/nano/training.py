@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from recipes.nano import captions, denoiser, weights
 from recipes.nano.autoencoder import SAVE_EVERY_S, Codec
 from recipes.nano.captions import Scene

@@ -66,10 +66,18 @@ def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name"
     measured = read_record(record)
     cards = plan_cards(checkpoints, measured, namespace)
     grids = write_grids(measured, record.parent, record.parent)
-    for card in cards:
-        copy_pictures(card, record.parent, grids)
-        (card.folder / "README.md").write_text(render_card(card))
-    return [card.folder / "README.md" for card in cards]
+    return [write_card(card, record.parent, grids) for card in cards]
+
+
+def write_card(card: Card, measured: Path, grids: Sequence[Path]) -> Path:
+    """One README.md with its pictures. `measured` is the record's folder."""
+    readme = card.folder / "README.md"
+    try:
+        copy_pictures(card, measured, grids)
+        readme.write_text(render_card(card))
+    except OSError as error:
+        raise ZImageError(f"cannot write {readme}: {error}") from None
+    return readme
 
 
 def plan_cards(checkpoints: Path, record: Record, namespace: str) -> list[Card]:

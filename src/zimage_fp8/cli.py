@@ -85,9 +85,7 @@ def quantize(
         return
     if out is None:
         raise UsageError("--out is missing: name the folder to write", param="out")
-    options = verb.CalibrationOptions(
-        calibration, prompts, steps, parse_size(size) if size else None, seed, dtype, device
-    )
+    options = verb.CalibrationOptions(calibration, prompts, steps, _size(size), seed, dtype, device)
     with _progress() as report:
         written = verb.quantize(model, policy, out, calibration=options, on_progress=report)
     _emit([str(path) for path in written] if as_json else "\n".join(map(str, written)), as_json)
@@ -151,7 +149,7 @@ def generate(
     from zimage_fp8.quant.calibrate import read_calibration
 
     known = read_calibration(calibration) if calibration else None
-    wanted = parse_size(size) if size else None
+    wanted = _size(size)
     with _progress() as report:
         pipeline = load_pipeline(
             model,
@@ -241,6 +239,67 @@ def serve(
 
 
 @app.command()
+def bench(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the record, the report and pictures.")],
+    policies: Annotated[
+        list[str], typer.Option(help="`all` (BF16, online_fp8, the seven static), or names.")
+    ] = ["all"],  # noqa: B006 - typer copies it
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one per line; three fit to MODEL by default.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="One per prompt; from 1235 by default.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WxH; fit to MODEL by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoise steps.")] = 8,
+    guidance: Annotated[float, typer.Option(help="0 is off; sent explicitly.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Pictures drawn before timing.")] = 1,
+    runs: Annotated[int | None, typer.Option(help="Timed pictures; one per prompt.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Measure every policy over HTTP, each in a fresh server: time, memory, PSNR, SSIM, pictures.
+
+    zimage-fp8 bench nano --policies all --out results
+    """
+    from zimage_fp8.bench import bench as measure
+    from zimage_fp8.model.calibration import read_prompts
+
+    report = measure(
+        model,
+        out=out,
+        policies=policies,
+        prompts=read_prompts(prompts) if prompts else None,
+        seeds=seeds,
+        size=_size(size),
+        steps=steps,
+        guidance=guidance,
+        warmup=warmup,
+        runs=runs,
+        dtype=dtype,
+        device=device,
+    )
+    print(report)
+
+
+@app.command()
+def card(
+    checkpoints: Annotated[Path, typer.Argument(help="The folder with one folder per policy.")],
+    results: Annotated[Path, typer.Option(help="The record.json that bench wrote.")],
+    namespace: Annotated[str, typer.Option(help="Your name on the Hub.")] = "your-name",
+) -> None:
+    """Write README.md, the model card, into each checkpoint, from measured numbers.
+
+    zimage-fp8 card results/checkpoints --results results/record.json
+    """
+    from zimage_fp8.card import write_cards
+
+    for written in write_cards(checkpoints, results, namespace=namespace):
+        print(written)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can run, and why not the rest."""
     from zimage_fp8 import doctor as verb
@@ -249,12 +308,10 @@ def doctor(as_json: Json = False) -> None:
     _emit(report if as_json else verb.render(report), as_json)
 
 
-def parse_size(size: str) -> tuple[int, int]:
-    """`1024x512` -> (1024, 512). Raises UsageError."""
-    width, cross, height = size.lower().partition("x")
-    if not cross or not width.isdecimal() or not height.isdecimal():
-        raise UsageError(f"size {size!r}: expected WIDTHxHEIGHT, such as 1024x512", param="size")
-    return int(width), int(height)
+def _size(size: str | None) -> tuple[int, int] | None:
+    from zimage_fp8.protocol import parse_size
+
+    return parse_size(size) if size else None
 
 
 def _emit(value: object, as_json: bool) -> None:

@@ -7,6 +7,7 @@ members and order are stated here once (`FUSED`), for the policy, the writer and
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from zimage_fp8.errors import ModelError
 
@@ -65,7 +66,7 @@ def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path} is missing: {folder} is not a transformer folder") from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
@@ -80,7 +81,7 @@ def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
     if raw.get("n_kv_heads", raw.get("n_heads")) != raw.get("n_heads"):
         raise ModelError(f"{path}: n_kv_heads differs from n_heads, which is not supported")
     known = {field.name for field in fields(ZImageConfig)}
-    values = {key: _frozen(value) for key, value in raw.items() if key in known}
+    values: dict[str, Any] = {k: _frozen(v) for k, v in raw.items() if k in known}
     return ZImageConfig(**values), raw
 
 

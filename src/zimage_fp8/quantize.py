@@ -13,7 +13,7 @@ from zimage_fp8.checkpoint.dialects import algorithm_of, stored_infos, tensor_pr
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.checkpoint.writer import WeightScales, new_infos, write_checkpoint
 from zimage_fp8.errors import CheckpointError, UsageError, ZImageError
-from zimage_fp8.layout import linear_shapes, read_config, tensor_shapes
+from zimage_fp8.layout import fused_name, linear_shapes, read_config, tensor_shapes
 from zimage_fp8.model.calibration import (
     FORWARDS,
     CalibrationSettings,
@@ -202,6 +202,12 @@ def checkpoint_facts(
     return facts
 
 
+def group_label(layer: str) -> str:
+    """`layers.7.attention.to_k` -> `layers.*.attention.to_{q,k,v}`."""
+    label = sub(r"\.\d+\.", ".*.", fused_name(layer), count=1)
+    return label.replace("to_qkv", "to_{q,k,v}").replace("w13", "w{1,3}")
+
+
 @dataclass(frozen=True)
 class GroupReport:
     """Layers of one kind that share a fate. `layers` has `*` in place of the block number."""
@@ -239,7 +245,7 @@ def size_report(source: Path, plan: Plan) -> SizeReport:
             fates["norms and padding tokens", "BF16", "not linear layers"].append(name)
         else:
             format = entry.spec.format.upper() if entry.spec else "BF16"
-            kind = sub(r"\.\d+\.", ".*.", layer, count=1)
+            kind = group_label(layer)
             fates[kind, format, entry.why].append(name)
     groups = []
     for (kind, format, why), names in fates.items():

@@ -40,6 +40,7 @@ def bench(
     from zimage_fp8.bench.run import describe_run, measure_all, with_quality
     from zimage_fp8.bench.variants import make_checkpoints, plan_variants
     from zimage_fp8.bench.workload import choose_parameters
+    from zimage_fp8.model.source import find_model
 
     parameters = choose_parameters(
         model,
@@ -53,6 +54,7 @@ def bench(
         dtype=dtype,
         device=device,
     )
+    find_model(model)  # a Hub id is downloaded now and not while a server starts
     make_folder(out)
     variants = plan_variants(policies, out / "checkpoints")
     make_checkpoints(model, variants, out / "checkpoints", device)

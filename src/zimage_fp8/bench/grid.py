@@ -12,6 +12,7 @@ from zimage_fp8.bench.table import Row, quality_text, rows
 
 COLUMNS = 3
 MAX_CELL = 640  # three of these fill a wide page; smaller pictures stay pixel for pixel
+MIN_PITCH = 250  # what a label needs
 
 PAPER, INK, GREY, ACCENT = "#ffffff", "#1b1f24", "#6a737d", "#b8460e"
 MARGIN, GAP, LABEL, LINE = 32, 20, 60, 30
@@ -51,27 +52,33 @@ def _cell(record: Record) -> Point:
     return round(width * shrink), round(height * shrink)
 
 
-def _page_size(record: Record, top: int) -> Point:
+def _pitch(record: Record) -> Point:
+    """From one cell's corner to the next."""
     width, height = _cell(record)
+    return max(width, MIN_PITCH) + GAP, height + LABEL + GAP
+
+
+def _page_size(record: Record, top: int) -> Point:
+    right, down = _pitch(record)
     num_columns = min(COLUMNS, len(record.variants))
     num_rows = math.ceil(len(record.variants) / COLUMNS)
     return (
-        2 * MARGIN + num_columns * (width + GAP) - GAP,
-        top + num_rows * (height + LABEL + GAP) - GAP + MARGIN,
+        2 * MARGIN + num_columns * right - GAP,
+        top + num_rows * down - GAP + MARGIN,
     )
 
 
 def _corners(record: Record, top: int) -> Iterator[Point]:
     """The upper left corner of every cell, in the variants' order."""
-    width, height = _cell(record)
+    right, down = _pitch(record)
     for index in range(len(record.variants)):
-        down, across = divmod(index, COLUMNS)
-        yield MARGIN + across * (width + GAP), top + down * (height + LABEL + GAP)
+        row, column = divmod(index, COLUMNS)
+        yield MARGIN + column * right, top + row * down
 
 
 def _title_lines(record: Record, prompt: int) -> list[str]:
     num_columns = min(COLUMNS, len(record.variants))
-    num_letters = max(24, num_columns * (_cell(record)[0] + GAP) // 13)
+    num_letters = max(24, num_columns * _pitch(record)[0] // 14)
     return textwrap.wrap(record.parameters.prompts[prompt], num_letters) or [""]
 
 

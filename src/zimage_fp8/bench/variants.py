@@ -65,7 +65,7 @@ def make_checkpoints(
         command += ["--policy", variant.asked]
     if device:
         command += ["--device", device]
-    if code := subprocess.run(command, check=False).returncode:
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise ZImageError(f"quantizing {model} ended with exit code {code}")
 
 

@@ -1,7 +1,7 @@
 """What every variant is put through: the defaults by kind of model, and what a user changed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ NANO = Profile(
     prompts=(
         "a 3d icon of a hamburger on a teal background",
         "a penguin on a yellow background",
-        "a tulip and a teapot on a pink background",
+        "a lion and a red apple on a pink background",
     ),
     size=(256, 256),
 )
@@ -53,6 +53,22 @@ def is_test_model(model: str) -> bool:
     return config.is_file() and json.loads(config.read_text()).get("dim", 0) < FULL_SIZE_DIM
 
 
+# field, what must hold, and the same in words
+CHECKS: tuple[tuple[str, Callable[[Parameters], bool], str], ...] = (
+    ("prompts", lambda p: all(map(str.strip, p.prompts)) and bool(p.prompts), "none may be empty"),
+    ("seeds", lambda p: len(p.seeds) == len(p.prompts), "there must be one per prompt"),
+    (
+        "size",
+        lambda p: min(p.width, p.height) > 0 and p.width % 16 == p.height % 16 == 0,
+        "both sides must be positive multiples of 16",
+    ),
+    ("steps", lambda p: p.steps >= 1, "at least 1 is needed"),
+    ("guidance", lambda p: p.guidance >= 0, "it cannot be negative"),
+    ("warmup", lambda p: p.warmup >= 0, "it cannot be negative"),
+    ("runs", lambda p: p.runs >= len(p.prompts), "each prompt must be drawn at least once"),
+)
+
+
 def choose_parameters(
     model: str,
     *,
@@ -69,29 +85,20 @@ def choose_parameters(
     """The workload, with defaults for what is None. Raises UsageError when it makes no sense."""
     profile = profile_of(model)
     prompts = list(profile.prompts if prompts is None else prompts)
-    if not prompts:
-        raise UsageError("no prompts to draw", param="prompts")
-    if seeds is None:
-        seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
-    if len(seeds) != len(prompts):
-        raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts", param="seeds")
-    runs = len(prompts) if runs is None else runs
-    if runs < len(prompts):
-        raise UsageError(
-            f"{runs} runs cannot draw each of {len(prompts)} prompts at least once", param="runs"
-        )
-    if warmup < 0:
-        raise UsageError(f"warmup is {warmup}, expected 0 or more", param="warmup")
     width, height = size or profile.size
-    return Parameters(
+    parameters = Parameters(
         prompts=prompts,
-        seeds=list(seeds),
+        seeds=list(range(FIRST_SEED, FIRST_SEED + len(prompts)) if seeds is None else seeds),
         width=width,
         height=height,
         steps=steps,
         guidance=guidance,
         warmup=warmup,
-        runs=runs,
+        runs=len(prompts) if runs is None else runs,
         dtype=dtype,
         device=device,
     )
+    for field, holds, rule in CHECKS:
+        if not holds(parameters):
+            raise UsageError(f"{field} {getattr(parameters, field)!r}: {rule}", param=field)
+    return parameters

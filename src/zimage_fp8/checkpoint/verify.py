@@ -131,7 +131,7 @@ def _check_config(checkpoint: _Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "error",
             "exclude_modules",
-            "belongs to the nested form; in the flat one loaders read `ignore`: nothing is excluded",
+            "belongs to the nested form; in the flat one it is `ignore`, so nothing is excluded",
         )
     ignore = [
         str(p)
@@ -236,14 +236,17 @@ def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
         yield Finding("error", f"{layer}.weight", "is all zero")
 
 
+MUST_SHARE: tuple[tuple[str, Literal["error", "warning"], str], ...] = (
+    ("weight_scale", "warning", "vLLM will quantize the group again: double rounding"),
+    ("input_scale", "error", "they share one input"),
+)
+
+
 def _check_sharing(checkpoint: _Checkpoint, fused: str) -> Iterator[Finding]:
     members, read = members_of(fused), checkpoint.reader.read
     if len(members) == 1:
         return
-    for leaf, level, cost in (
-        ("weight_scale", "warning", "vLLM will quantize the group again: double rounding"),
-        ("input_scale", "error", "they share one input"),
-    ):
+    for leaf, level, cost in MUST_SHARE:
         names = [f"{member}.{leaf}" for member in members]
         if not all(n in checkpoint.reader.infos for n in names):
             continue

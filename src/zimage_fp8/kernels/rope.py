@@ -23,7 +23,7 @@ def rope_table(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Ten
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate x [batch, tokens, heads, head_dim] by table [tokens, head_dim / 2, 2], in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = table[:, None].unbind(-1)  # [tokens, 1, head_dim / 2]
     rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return rotated.flatten(-2).to(x.dtype)

@@ -23,4 +23,5 @@ class Decoder:
         z = latent.to(self.vae.dtype) / self.scaling + self.shift
         picture = self.vae.decode(z, return_dict=False)[0][0]
         levels = ((picture / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
-        return levels.permute(1, 2, 0).cpu().numpy()
+        pixels: np.ndarray = levels.permute(1, 2, 0).cpu().numpy()
+        return pixels

@@ -13,6 +13,7 @@ attended; nothing is masked. Captions of one padded length may share a batch, ot
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ from zimage_fp8.kernels import (
 )
 from zimage_fp8.layout import (
     ADALN_DIM,
-    FUSED,
     PATCH,
     PATCH_KEY,
     TIME_HIDDEN_DIM,
@@ -36,7 +36,6 @@ from zimage_fp8.layout import (
 )
 
 TOKEN_MULTIPLE = 32
-PACKED = FUSED
 
 
 class Attention(nn.Module):
@@ -49,7 +48,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, 1e-5)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, -1))
+        qkv = self.to_qkv(x).reshape(*x.shape[:2], 3, self.n_heads, -1)
         q, k, v = qkv.unbind(2)  # each [batch, tokens, heads, head_dim]
         q = apply_rope(self.norm_q(q), rope)
         k = apply_rope(self.norm_k(k), rope)
@@ -104,7 +103,8 @@ class Block(nn.Module):
         h = self.attention(self.attention_norm1.scaled(x, 1 + scale_attn), rope)
         x = x + gate_attn.tanh() * self.attention_norm2(h)
         h = self.feed_forward(self.ffn_norm1.scaled(x, 1 + scale_ffn))
-        return x + gate_ffn.tanh() * self.ffn_norm2(h)
+        x = x + gate_ffn.tanh() * self.ffn_norm2(h)
+        return x
 
 
 class ContextBlock(Block):
@@ -113,9 +113,10 @@ class ContextBlock(Block):
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__(config, modulated=False)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:  # type: ignore[override]  # no time
         x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope))
-        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        x = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        return x
 
 
 class TimestepEmbedder(nn.Module):
@@ -133,7 +134,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10_000) * steps / half)[None]
         wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        embedded: Tensor = self.mlp(wave.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(wave.to(next(self.mlp.parameters()).dtype))
         return embedded
 
 
@@ -177,9 +178,9 @@ class ZImageTransformer(nn.Module):
         caption: [batch, tokens, cap_feat_dim], tokens a multiple of 32; is_pad: bool
         [batch, tokens], True where the learned padding token goes. Returns [batch, tokens, dim].
         """
-        x = self.cap_embedder(caption)
+        x: Tensor = self.cap_embedder(caption)
         x = torch.where(is_pad[..., None], self.cap_pad_token, x)
-        rope = self._rope(caption_positions(caption.shape[1]), x.device)
+        rope = caption_rope(self.config, caption.shape[1], x.device)
         for block in self.context_refiner:
             x = block(x, rope)
         return x
@@ -191,19 +192,18 @@ class ZImageTransformer(nn.Module):
         `refine_caption` returned. Returns latent's shape, in the parameters' dtype.
         """
         height, width = latent.shape[-2:]
-        num_image = (height // PATCH) * (width // PATCH)
-        image = image_positions(height, width, caption.shape[1])
-        time = self.t_embedder(t * self.config.t_scale).to(caption.dtype)
+        num_image, num_caption = (height // PATCH) * (width // PATCH), caption.shape[1]
+        time: Tensor = self.t_embedder(t * self.config.t_scale)
 
-        x = self.all_x_embedder[PATCH_KEY](patchify(latent.to(caption.dtype)))
-        if (missing := len(image) - num_image) > 0:
+        x: Tensor = self.all_x_embedder[PATCH_KEY](patchify(latent.to(caption.dtype)))
+        rope = image_rope(self.config, height, width, num_caption, x.device)
+        if (missing := len(rope) - num_image) > 0:
             x = torch.cat([x, self.x_pad_token.expand(len(x), missing, -1)], dim=1)
-        rope = self._rope(image, x.device)
         for block in self.noise_refiner:
             x = block(x, rope, time)
 
         x = torch.cat([x, caption], dim=1)
-        rope = torch.cat([rope, self._rope(caption_positions(caption.shape[1]), x.device)])
+        rope = torch.cat([rope, caption_rope(self.config, num_caption, x.device)])
         for block in self.layers:
             x = block(x, rope, time)
 
@@ -211,9 +211,22 @@ class ZImageTransformer(nn.Module):
         x = self.all_final_layer[PATCH_KEY](x[:, :num_image], time)
         return unpatchify(x, height, width)
 
-    def _rope(self, positions: Tensor, device: torch.device) -> Tensor:
-        # Formed on the CPU: one table for one seed and size on every machine.
-        return rope_table(positions, self.config.axes_dims, self.config.rope_theta).to(device)
+
+# Rotary tables are the same for every step and every picture of one size. They are formed on the
+# CPU, so that all machines rotate alike, and copied once: a copy per forward would stall the GPU.
+
+
+@lru_cache(maxsize=16)
+def caption_rope(config: ZImageConfig, tokens: int, device: torch.device) -> Tensor:
+    return rope_table(caption_positions(tokens), config.axes_dims, config.rope_theta).to(device)
+
+
+@lru_cache(maxsize=16)
+def image_rope(
+    config: ZImageConfig, height: int, width: int, caption_tokens: int, device: torch.device
+) -> Tensor:
+    positions = image_positions(height, width, caption_tokens)
+    return rope_table(positions, config.axes_dims, config.rope_theta).to(device)
 
 
 def caption_positions(tokens: int) -> Tensor:

@@ -37,7 +37,7 @@ class QuantLinear(nn.Module):
             scale = scale_of(amax(tokens, per_row=True), self.spec.format)
         q = quantize(tokens, scale, self.spec.format)
         out = scaled_mm(q, scale, self.weight, self.weight_scale, x.dtype)
-        return out.unflatten(0, x.shape[:-1])
+        return out.reshape(*x.shape[:-1], -1)
 
 
 def weight_scales(amaxes: Sequence[Tensor], spec: QuantSpec) -> list[Tensor]:

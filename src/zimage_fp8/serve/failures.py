@@ -5,18 +5,16 @@ stack trace belongs in the log.
 """
 
 import http
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.protocol import ApiError, ErrorAnswer
 from zimage_fp8.serve.jobs import JobCancelled, QueueClosed, QueueFull
-
-log = logging.getLogger(__name__)
 
 # The engine's own names of what the wire calls otherwise.
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -101,4 +99,5 @@ FAILURES: dict[type[Exception], Describe] = {
         503, "server_error", "shutting_down", "the server is shutting down", {"retry-after": "5"}
     ),
     JobCancelled: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
+    ClientDisconnect: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
 }

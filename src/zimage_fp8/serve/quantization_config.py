@@ -148,7 +148,7 @@ def _resolve_modelopt(config: Mapping[str, object], warnings: tuple[str, ...]) -
 def _algo(config: Mapping[str, object]) -> str:
     """0.22 and later say `quant_algo`; 0.20 says it in `quant_method`, next to `method`."""
     for name in (config.get("quant_algo"), config.get("quant_method")):
-        if isinstance(name, str) and name.lower() not in KNOWN_KEYS:
+        if isinstance(name, str) and name.lower() != "modelopt":
             return name.upper()
     return "any"
 

@@ -45,14 +45,14 @@ def serve(
     _log_to_stderr()
     _refuse_tensor_parallel(tensor_parallel_size)
     chosen = _choose_policy(model, policy, quantization_config)
-    listener = bind(host, port)
-    _limit_gpu_memory(gpu_memory_utilization, device)
-    pipeline = load_pipeline(model, policy=chosen, dtype=dtype, device=device)
-    _announce(pipeline, listener)
     options = ServeOptions(
         names=(served_model_name or model,), embed_metadata=embed_metadata, log_prompts=log_prompts
     )
-    _run(pipeline, options, listener)
+    with contextlib.closing(bind(host, port)) as listener:
+        limit_gpu_memory(gpu_memory_utilization, device)
+        pipeline = load_pipeline(model, policy=chosen, dtype=dtype, device=device)
+        _announce(pipeline, listener)
+        _run(pipeline, options, listener)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -83,13 +83,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _choose_policy(model: str, policy: str | None, quantization_config: str | None) -> str | None:
     asked = resolve(quantization_config)
-    chosen, warnings = choose_policy(asked, policy, _stored_algo(model), model)
+    chosen, warnings = choose_policy(asked, policy, stored_algo(model), model)
     for warning in (*asked.warnings, *warnings):
         log.warning(warning)
     return chosen
 
 
-def _stored_algo(model: str) -> str | None:
+def stored_algo(model: str) -> str | None:
     """The `quant_algo` of a quantized checkpoint, None for a BF16 model."""
     config, raw = read_config(find_model(model) / "transformer")
     stored = read_stored(raw, list(linear_shapes(config)))
@@ -105,7 +105,7 @@ def _refuse_tensor_parallel(size: int) -> None:
         )
 
 
-def _limit_gpu_memory(share: float | None, device: str | None) -> None:
+def limit_gpu_memory(share: float | None, device: str | None) -> None:
     """Cap this process at `share` of the card, before anything is allocated on it."""
     if share is None:
         return
@@ -117,7 +117,7 @@ def _limit_gpu_memory(share: float | None, device: str | None) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         log.info("--gpu-memory-utilization %g has no effect on a CPU", share)
         return
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.set_per_process_memory_fraction(share, torch.device(device or "cuda").index)
 
 
 def _announce(engine: Engine, listener: socket.socket) -> None:
@@ -135,7 +135,10 @@ def _run(engine: Engine, options: ServeOptions, listener: socket.socket) -> None
     )
     # uvicorn drains on SIGINT and then raises KeyboardInterrupt, which is no failure here.
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except OSError as error:  # bound but not listening, two servers can share an address
+            raise ZImageError(f"cannot listen: {error.strerror or error}") from None
 
 
 def _log_to_stderr() -> None:

@@ -1,0 +1,59 @@
+"""record.json: what is written can be read back, and nothing else is accepted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fake_record import make_record
+from zimage_fp8.bench.record import Quality, Record, read_record, write_record
+from zimage_fp8.errors import ZImageError
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    record = make_record()
+    write_record(record, tmp_path / "record.json")
+    assert read_record(tmp_path / "record.json") == record
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_an_identical_picture_stays_valid_json(tmp_path: Path) -> None:
+    record = with_infinite_psnr(make_record())
+    write_record(record, tmp_path / "record.json")
+    json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
+    assert read_record(tmp_path / "record.json") == record
+
+
+def with_infinite_psnr(record: Record) -> Record:
+    raw = record.model_dump()
+    raw["variants"][1]["requests"][0]["quality"] = Quality(psnr_db=float("inf"), ssim=1.0)
+    return Record.model_validate(raw)
+
+
+def test_a_missing_record_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ZImageError, match="cannot read the record"):
+        read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema version 2, this program reads 1"),
+        ({"schema_version": None}, "schema version None"),
+        ({"machine": "mine"}, "damaged: machine"),
+        ({"surprise": 1}, "damaged: surprise"),
+    ],
+)
+def test_other_records_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**make_record().model_dump(mode="json"), **change}))
+    with pytest.raises(ZImageError, match=message):
+        read_record(path)
+
+
+def test_memory_is_compared_by_a_method_that_every_variant_has() -> None:
+    raw = make_record().model_dump()
+    for variant in raw["variants"]:
+        variant["peak_memory_bytes"]["torch_reserved"] = 1
+    del raw["variants"][3]["peak_memory_bytes"]["nvml_process"]
+    assert Record.model_validate(raw).memory_method == "torch_reserved"

@@ -1,0 +1,169 @@
+"""Model cards: every number is the record's, and the Hub can read the metadata."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fake_record import NUMBERS, PROMPTS, make_record, save_pictures
+from zimage_fp8.bench.record import write_record
+from zimage_fp8.card import write_cards
+from zimage_fp8.errors import ZImageError
+from zimage_fp8.quant.policy import STATIC_POLICIES
+
+CALIBRATION = {
+    "prompts": 8, "forwards": 9, "sigmas": [1.0, 0.9545454, 0.3, 0.0, 0.0], "size": "1024x1024",
+    "seed": 0, "dtype": "bfloat16", "versions": {},
+}  # fmt: skip
+
+
+def make_checkpoint(folder: Path, policy: str, base_model: str) -> None:
+    facts = {
+        "policy": policy,
+        "version": "0.1.0",
+        "base_model": base_model,
+        "calibration": CALIBRATION,
+        "calibration_digest": "0123abcd",
+        "rules": [
+            {"layers": "*.adaLN_modulation.*", "spec": None, "why": ""},
+            {"layers": "*.feed_forward.w[123]", "spec": {"format": "e4m3"}, "why": ""},
+        ],
+    }
+    (folder / "transformer").mkdir(parents=True)
+    config = {"quantization_config": {"quant_method": "modelopt", "zimage_fp8": facts}}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(params=[False, True], ids=["full size", "nano"])
+def is_test_model(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def family(tmp_path: Path, is_test_model: bool) -> Path:
+    """A finished benchmark: record.json, pictures, and seven checkpoints in checkpoints/."""
+    record = make_record(on_gpu=not is_test_model, is_test_model=is_test_model)
+    save_pictures(record, tmp_path)
+    write_record(record, tmp_path / "record.json")
+    for policy in STATIC_POLICIES:
+        make_checkpoint(tmp_path / "checkpoints" / policy, policy, record.model)
+    return tmp_path
+
+
+@pytest.fixture
+def cards(family: Path) -> dict[str, str]:
+    """policy -> README.md"""
+    written = write_cards(family / "checkpoints", family / "record.json", namespace="me")
+    return {path.parent.name: path.read_text() for path in written}
+
+
+def front_matter(card: str) -> dict[str, object]:
+    _, text, _ = card.split("---\n", 2)
+    parsed = yaml.safe_load(text)
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def test_one_card_per_policy(cards: dict[str, str]) -> None:
+    assert list(cards) == list(STATIC_POLICIES)
+
+
+def test_metadata(cards: dict[str, str], is_test_model: bool) -> None:
+    for policy, card in cards.items():
+        data = front_matter(card)
+        base = "me/nano" if is_test_model else "Tongyi-MAI/Z-Image-Turbo"
+        assert (data["base_model"], data["base_model_relation"]) == (base, "quantized")
+        assert (data["license"], data["pipeline_tag"]) == ("apache-2.0", "text-to-image")
+        assert data["library_name"] == "diffusers"
+        assert [entry["text"] for entry in data["widget"]] == PROMPTS
+        metrics = data["model-index"][0]["results"][0]["metrics"]
+        values = {metric["type"]: metric["value"] for metric in metrics}
+        _, _, psnr_db, ssim = NUMBERS[policy]
+        assert values == {"psnr": pytest.approx(psnr_db), "ssim": pytest.approx(ssim)}
+
+
+def test_the_introduction_has_this_variants_numbers(cards: dict[str, str]) -> None:
+    for policy, card in cards.items():
+        latencies, gib, psnr_db, ssim = NUMBERS[policy]
+        mean = sum(latencies) / 2
+        (line,) = re.findall(r"^\*\*This variant.*", card, re.MULTILINE)
+        for number in (
+            f"{mean:.3f} s/image", f"{mean / 1.1 - 1:+.1%} vs BF16", f"{gib:.2f} GiB",
+            f"{1 - gib / 20:.1%} less", f"PSNR {psnr_db:.2f} dB / SSIM {ssim:.4f}",
+        ):  # fmt: skip
+            assert number in line
+
+
+def test_the_table_marks_this_row_and_the_best(cards: dict[str, str]) -> None:
+    for policy, card in cards.items():
+        assert [line.split()[1] for line in card.splitlines() if "👈 |" in line] == [
+            f"**{policy}**"
+        ]
+        assert [line.split()[1] for line in card.splitlines() if "★ |" in line] == ["online_fp8"]
+        for other in NUMBERS:
+            assert other in card
+
+
+def test_the_curl_line_is_valid_shell_and_json(cards: dict[str, str], is_test_model: bool) -> None:
+    name = "nano" if is_test_model else "Z-Image-Turbo"
+    for policy, card in cards.items():
+        (block,) = [b for b in re.findall(r"```bash\n(.*?)```", card, re.DOTALL) if "curl" in b]
+        words = shlex.split(block.replace("\\\n", " "))
+        body = json.loads(words[words.index("-d") + 1])
+        assert body["prompt"] == PROMPTS[0]
+        assert (body["guidance_scale"], body["num_inference_steps"]) == (0.0, 8)
+        assert body["model"] == f"me/{name}-FP8-{policy}"
+
+
+def test_honesty(cards: dict[str, str], is_test_model: bool) -> None:
+    for card in cards.values():
+        assert "Every picture took 8 forwards" in card
+        assert "8 prompts × 9 forwards" in card
+        assert "Sigmas: 1, 0.9545, 0.3, 0, 0." in card
+        assert ("A test model, not an image model" in card) is is_test_model
+        assert ("Fluent Emoji" in card) is is_test_model
+        assert "`*.feed_forward.w[123]`" in card
+
+
+def test_the_family_lists_seven_and_points_here(cards: dict[str, str]) -> None:
+    for policy, card in cards.items():
+        family = card.partition("of this family")[2]
+        listed = re.findall(r"^- `me/\S+-FP8-(\S+)`(.*)", family, re.MULTILINE)
+        assert [other for other, _ in listed] == list(STATIC_POLICIES)
+        assert [other for other, here in listed if here] == [policy]
+
+
+def test_every_picture_a_card_shows_lies_beside_it(family: Path, cards: dict[str, str]) -> None:
+    for policy, card in cards.items():
+        shown = set(re.findall(r"images/[\w.-]+\.png", card))
+        assert len(shown) == 2 * len(PROMPTS)
+        for picture in shown:
+            assert (family / "checkpoints" / policy / picture).is_file()
+    ours = (family / "pictures" / "attn-only" / "prompt1.png").read_bytes()
+    assert (family / "checkpoints/attn-only/images/prompt1.png").read_bytes() == ours
+
+
+def test_a_single_checkpoint_has_a_card_too(family: Path) -> None:
+    (card,) = write_cards(family / "checkpoints/full", family / "record.json", namespace="me")
+    assert card == family / "checkpoints/full/README.md"
+
+
+def test_a_folder_without_checkpoints_is_refused(family: Path) -> None:
+    with pytest.raises(ZImageError, match="no quantized checkpoint"):
+        write_cards(family / "pictures", family / "record.json", namespace="me")
+
+
+def test_a_record_of_another_model_is_refused(family: Path) -> None:
+    make_checkpoint(family / "other", "full", "another/model")
+    with pytest.raises(ZImageError, match="full is made from another/model"):
+        write_cards(family / "other", family / "record.json", namespace="me")
+    assert not (family / "other/README.md").exists()
+
+
+def test_a_checkpoint_that_was_not_measured_is_refused(family: Path) -> None:
+    make_checkpoint(family / "other", "mine", "x")
+    with pytest.raises(ZImageError, match="no row for mine"):
+        write_cards(family / "other", family / "record.json", namespace="me")

@@ -1,0 +1,256 @@
+"""quantize, from a model on disk to checkpoints on disk and back to pictures."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from compare import same_bits
+from zimage_fp8.checkpoint.shards import ShardReader
+from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.layout import fused_name, members_of
+from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.numerics import QMAX, amax
+from zimage_fp8.numerics import quantize as quantize_codes
+from zimage_fp8.quant.calibrate import read_calibration
+from zimage_fp8.quant.policy import STATIC_POLICIES
+from zimage_fp8.quantize import (
+    CalibrationOptions,
+    find_unquantized,
+    plan_jobs,
+    quantize,
+    size_report,
+)
+
+REQUEST = ImageRequest("a house by the sea", 64, 64, steps=3, seed=4)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
+    folder = tmp_path_factory.mktemp("calibration")
+    (folder / "prompts.txt").write_text("a red house\ntwo birds\n")
+    return CalibrationOptions(
+        file=folder / "calibration.json",
+        prompts=folder / "prompts.txt",
+        forwards=3,
+        size=(64, 64),
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def family(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, options: CalibrationOptions
+) -> Path:
+    out = tmp_path_factory.mktemp("family") / "checkpoints"
+    quantize(str(tiny_model), ["all"], out, calibration=options)
+    return out
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_all_writes_seven_complete_pipelines(family: Path) -> None:
+    assert sorted(path.name for path in family.iterdir()) == sorted(STATIC_POLICIES)
+    for policy in STATIC_POLICIES:
+        names = {path.name for path in (family / policy).iterdir()}
+        assert names == {
+            "model_index.json", "transformer", "text_encoder", "tokenizer", "vae", "scheduler",
+            "calibration.json",
+        }  # fmt: skip
+
+
+def test_codes_and_scales_equal_the_formula_bit_for_bit(tiny_model: Path, family: Path) -> None:
+    """Recomputed here from the BF16 weights, not by the code under test."""
+    calibration = read_calibration(family / "full" / "calibration.json")
+    with (
+        ShardReader(tiny_model / "transformer") as source,
+        ShardReader(family / "full" / "transformer") as stored,
+    ):
+        layers = [n.removesuffix(".weight_scale") for n in stored.infos if "weight_scale" in n]
+        assert len(layers) == 4 * 7
+        for layer in layers:
+            group = [source.read(f"{m}.weight") for m in members_of(fused_name(layer))]
+            scale = torch.stack([w.float().abs().max() for w in group]).max() / 448
+            same_bits(stored.read(f"{layer}.weight_scale"), scale)
+            codes = (source.read(f"{layer}.weight").float() / scale).clamp(-448, 448)
+            same_bits(stored.read(f"{layer}.weight"), codes.to(torch.float8_e4m3fn))
+            observed = torch.tensor(max(calibration.amax[layer]))
+            same_bits(stored.read(f"{layer}.input_scale"), observed / QMAX["e4m3"])
+
+
+def test_what_is_kept_is_kept_to_the_bit(tiny_model: Path, family: Path) -> None:
+    with (
+        ShardReader(tiny_model / "transformer") as source,
+        ShardReader(family / "attn-out-only" / "transformer") as stored,
+    ):
+        kept = [n for n in source.infos if not n.endswith("attention.to_out.0.weight")]
+        assert len(kept) == len(source.infos) - 4
+        for name in kept:
+            same_bits(stored.read(name), source.read(name))
+    for part in ("text_encoder", "vae", "tokenizer", "scheduler"):
+        assert hashes(family / "full" / part) == hashes(tiny_model / part)
+
+
+def test_the_same_input_gives_the_same_bytes(
+    tiny_model: Path, family: Path, tmp_path: Path, options: CalibrationOptions
+) -> None:
+    fresh = CalibrationOptions(prompts=options.prompts, forwards=3, size=(64, 64), device="cpu")
+    quantize(str(tiny_model), ["ffn-only"], tmp_path / "again", calibration=fresh)
+    assert hashes(tmp_path / "again") == hashes(family / "ffn-only")
+
+
+def picture(pipeline: Pipeline) -> torch.Tensor:
+    return torch.from_numpy(pipeline.generate(REQUEST).pixels)
+
+
+@pytest.mark.parametrize("policy", ["full", "ffn-attn-out", "attn-qkv-only"])
+def test_a_checkpoint_draws_what_quantizing_in_memory_draws(
+    tiny_model: Path, family: Path, options: CalibrationOptions, policy: str
+) -> None:
+    assert options.file is not None
+    stored = load_pipeline(str(family / policy), device="cpu")
+    assert stored.policy == policy
+    in_memory = load_pipeline(
+        str(tiny_model), policy=policy, calibration=read_calibration(options.file), device="cpu"
+    )
+    same_bits(picture(stored), picture(in_memory))
+    unquantized = load_pipeline(str(tiny_model), device="cpu")
+    assert not torch.equal(picture(stored), picture(unquantized))
+
+
+def test_row_checkpoints_need_no_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    (out,) = quantize(str(tiny_model), ["fp8-row"], tmp_path / "row")
+    assert not (out / "calibration.json").exists()
+    stored = load_pipeline(str(out), device="cpu")
+    online = load_pipeline(str(tiny_model), policy="fp8-row", device="cpu")
+    same_bits(picture(stored), picture(online))
+
+
+def test_the_online_policy_runs_without_a_checkpoint(tiny_model: Path) -> None:
+    pipeline = load_pipeline(str(tiny_model), policy="online_fp8", device="cpu")
+    assert len(pipeline.plan.quantized) == 4 * 7
+    assert picture(pipeline).shape == (64, 64, 3)
+
+
+def test_diffusers_opens_everything_but_the_quantized_weights(family: Path) -> None:
+    """The other components stay loadable by anybody; the config says what the transformer is."""
+    from diffusers import AutoencoderKL
+
+    assert AutoencoderKL.from_pretrained(family / "full" / "vae") is not None
+    config = json.loads((family / "full" / "transformer" / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert (quantization["quant_method"], quantization["quant_algo"]) == ("modelopt", "FP8")
+    assert quantization["zimage_fp8"]["calibration"]["sigmas"][-2:] == [0.0, 0.0]
+    assert "_name_or_path" not in config
+
+
+def test_a_calibration_file_is_saved_and_reused(family: Path, options: CalibrationOptions) -> None:
+    assert options.file is not None
+    saved = options.file.read_text()
+    assert saved == (family / "full" / "calibration.json").read_text()
+
+
+def test_progress_reaches_the_end_of_every_stage(tiny_model: Path, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    quantize(
+        str(tiny_model),
+        ["fp8-row", "fp8-row[0]"],
+        tmp_path / "out",
+        on_progress=lambda stage, done, total: seen.update({stage: (done, total)}),
+    )
+    assert set(seen) == {"writing fp8-row", "writing fp8-row[0]"}
+    assert all(done == total for done, total in seen.values())
+
+
+def test_the_dry_run_adds_up_from_headers_alone(tiny_model: Path, family: Path) -> None:
+    source = find_unquantized(str(tiny_model))
+    (job,) = plan_jobs(source, ["full"], Path("nowhere"))
+    report = size_report(source, job.plan)
+    with ShardReader(family / "full" / "transformer") as stored:
+        assert report.bytes_after == sum(info.num_bytes for info in stored.infos.values())
+        scales = sum(name.endswith("_scale") for name in stored.infos)
+        assert sum(g.count for g in report.groups) >= scales / 2
+    assert {group.format for group in report.groups} == {"E4M3", "BF16"}
+    assert all(group.why for group in report.groups)
+
+
+def test_existing_output_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ZImageError, match="already exists"):
+        quantize(str(tiny_model), ["fp8-row"], tmp_path / "out")
+
+
+def test_a_failure_leaves_nothing_behind(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zimage_fp8.checkpoint.writer as writer
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_index", full_disk)
+    with pytest.raises(ZImageError, match="No space left"):
+        quantize(str(tiny_model), ["fp8-row"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("policies", "said"),
+    [
+        (["online_fp8"], "cannot be stored"),
+        (["bf16_base"], "quantizes nothing"),
+        (["all", "full"], "named twice"),
+        (["best"], "unknown policy"),
+    ],
+)
+def test_policies_that_make_no_checkpoint(
+    tiny_model: Path, tmp_path: Path, policies: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        quantize(str(tiny_model), policies, tmp_path / "out")
+
+
+def test_quantizing_twice_is_refused(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="already quantized"):
+        quantize(str(family / "full"), ["full"], tmp_path / "out")
+
+
+def test_a_quantized_checkpoint_keeps_its_policy(family: Path) -> None:
+    with pytest.raises(UsageError, match="already quantized with policy 'full'"):
+        load_pipeline(str(family / "full"), policy="ffn-only")
+    assert load_pipeline(str(family / "full"), policy="full", device="cpu").policy == "full"
+
+
+def test_scales_that_a_foreign_writer_did_not_share_load_exactly(
+    family: Path, tmp_path: Path
+) -> None:
+    """ModelOpt writes one weight scale per shard; fusing must not requantize."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(family / "full", tmp_path / "foreign")
+    key = "layers.0.attention.to_k"
+    for path in (tmp_path / "foreign" / "transformer").glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{key}.weight" not in tensors:
+            continue
+        weight = tensors[f"{key}.weight"].float() * tensors[f"{key}.weight_scale"] / 8
+        own = amax(weight) / 448
+        tensors[f"{key}.weight"] = quantize_codes(weight, own, "e4m3")
+        tensors[f"{key}.weight_scale"] = own.reshape(1)  # and of shape [1], as some write it
+        save_file(tensors, path)
+    block = load_pipeline(str(tmp_path / "foreign"), device="cpu").transformer.layers[0]
+    packed = block.attention.to_qkv
+    assert packed.weight_scale.shape == (3 * 96,)
+    rows = packed.weight_scale.unflatten(0, (3, 96))
+    assert (rows[1] < rows[0]).all()
+    assert torch.equal(rows[0], rows[2])
