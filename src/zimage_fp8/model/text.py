@@ -38,7 +38,7 @@ class TextEncoder:
             add_generation_prompt=True,
             enable_thinking=True,
         )
-        ids: list[int] = self.tokenizer(text).input_ids
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         if len(ids) > MAX_TOKENS:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, at most {MAX_TOKENS} are read; shorten it",
