@@ -2,7 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
+import struct
+import subprocess
+import sys
+import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +16,8 @@ import torch
 
 from compare import same_bits
 from zimage_fp8.checkpoint.shards import ShardReader
-from zimage_fp8.errors import UsageError, ZImageError
-from zimage_fp8.layout import fused_name, members_of
+from zimage_fp8.errors import CheckpointError, UsageError, ZImageError
+from zimage_fp8.layout import ZImageConfig, fused_name, members_of, tensor_shapes
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import ImageRequest, Pipeline
 from zimage_fp8.numerics import QMAX, amax
@@ -254,3 +260,129 @@ def test_scales_that_a_foreign_writer_did_not_share_load_exactly(
     rows = packed.weight_scale.unflatten(0, (3, 96))
     assert (rows[1] < rows[0]).all()
     assert torch.equal(rows[0], rows[2])
+
+
+def damage_scales(folder: Path) -> None:
+    """NaN in one scale, zero in another; the rest of the shard as it was."""
+    from safetensors.torch import load_file, save_file
+
+    for path in (folder / "transformer").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, value in (("to_q.weight_scale", torch.nan), ("w2.input_scale", 0.0)):
+            for key in tensors:
+                if key.startswith("layers.1.") and key.endswith(name):
+                    tensors[key] = torch.tensor(value)
+        save_file(tensors, path)
+
+
+def test_impossible_scales_are_refused_with_a_list(family: Path, tmp_path: Path) -> None:
+    shutil.copytree(family / "full", tmp_path / "damaged")
+    damage_scales(tmp_path / "damaged")
+    with pytest.raises(CheckpointError) as raised:
+        load_pipeline(str(tmp_path / "damaged"), device="cpu")
+    assert raised.value.problems == [
+        "layers.1.attention.to_q.weight_scale: is not finite",
+        "layers.1.feed_forward.w2.input_scale: is 0, a scale must be positive",
+    ]
+
+
+def test_a_renamed_tensor_is_both_missing_and_unexpected(family: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(family / "full", tmp_path / "renamed")
+    folder = tmp_path / "renamed" / "transformer"
+    old, new = "layers.0.feed_forward.w2.weight", "layers.0.feed_forward.down.weight"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if old in tensors:
+            tensors[new] = tensors.pop(old)
+            save_file(tensors, path)
+    index = next(folder.glob("*.index.json"))
+    index.write_text(index.read_text().replace(f'"{old}"', f'"{new}"'))
+    with pytest.raises(CheckpointError) as raised:
+        load_pipeline(str(tmp_path / "renamed"), device="cpu")
+    assert raised.value.problems == [f"{old}: missing", f"{new}: unexpected"]
+
+
+def test_writing_holds_one_layer_in_memory_not_the_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = peak = 0
+    read = ShardReader.read
+
+    def counted(reader: ShardReader, name: str) -> torch.Tensor:
+        nonlocal live, peak
+        tensor = read(reader, name)
+        live += tensor.nbytes
+        peak = max(peak, live)
+        weakref.finalize(tensor, release, tensor.nbytes)
+        return tensor
+
+    def release(num_bytes: int) -> None:
+        nonlocal live
+        live -= num_bytes
+
+    monkeypatch.setattr(ShardReader, "read", counted)
+    quantize(str(tiny_model), ["fp8-row"], tmp_path / "out")
+    with ShardReader(tiny_model / "transformer") as reader:
+        largest = max(info.num_bytes for info in reader.infos.values())
+    assert 0 < peak <= 2 * largest
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's folder in true shapes: headers as they are, weights a hole in the file."""
+    folder = tmp_path_factory.mktemp("full-size") / "model"
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    config = {"_class_name": "ZImageTransformer2DModel", **asdict(ZImageConfig())}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    header: dict[str, object] = {}
+    offset = 0
+    for name, shape in tensor_shapes(ZImageConfig()).items():
+        end = offset + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + offset)
+    assert path.stat().st_size > 12e9
+    assert path.stat().st_blocks * 512 < 1e6  # nothing of it is on the disk
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("policy", "saved_gib"), [("full", 5.603), ("ffn-attn-out", 4.202), ("attn-qkv-only", 1.401)]
+)
+def test_the_dry_run_of_the_full_size_model(full_size: Path, policy: str, saved_gib: float) -> None:
+    (job,) = plan_jobs(find_unquantized(str(full_size)), [policy], Path("out"))
+    report = size_report(full_size, job.plan)
+    assert round(report.bytes_before / 2**30, 3) == 11.464
+    saved = (report.bytes_before - report.bytes_after) / 2**30
+    assert saved == pytest.approx(saved_gib, abs=0.001)
+
+
+def test_a_full_disk_is_noticed_before_any_work(
+    full_size: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10**9))
+    with pytest.raises(ZImageError, match=r"7 checkpoints need 6\d\.\d GB, .* has 1\.0 GB free"):
+        quantize(str(full_size), ["all"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_the_hub_s_cache_is_found_offline(tiny_model: Path, tmp_path: Path) -> None:
+    """The Hub's own layout on disk, and its own code to find the way through it."""
+    repo = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(tiny_model, repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    command = [sys.executable, "-m", "zimage_fp8", "quantize", "somebody/tiny", "--dry-run"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "attn-out-only: transformer" in shown.stdout

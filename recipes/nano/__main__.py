@@ -1,6 +1,8 @@
 """`python -m recipes.nano STEP`: fetch, tokenizer, vae, train, evaluate, export, or all of them."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 STEPS = ("fetch", "tokenizer", "vae", "train", "evaluate", "export")
@@ -57,7 +59,9 @@ def run(step, options, work, shape, team, dtype) -> None:
     elif step == "evaluate":
         from recipes.nano.evaluate import evaluate
 
-        evaluate(work, shape, options.weights or work.weights, team.device, dtype)
+        command = shlex.join(["python", "-m", "recipes.nano", *sys.argv[1:]])
+        weights = options.weights or work.weights
+        evaluate(work, shape, weights, team.device, dtype, command=command)
     elif step == "export":
         from recipes.nano.export import export
 

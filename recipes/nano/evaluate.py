@@ -2,18 +2,15 @@
 
 Two sets of scenes, each with short and with long captions: held-out (object, colour) combinations,
 and pairs of objects that training never showed together. All are sampled from the BF16 weights as
-shipped. The ceiling is the same retrieval on the autoencoder's reconstructions
-of real pictures.
+shipped. The ceiling is the same retrieval on the autoencoder's reconstructions of real pictures.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from recipes.nano import captions, denoiser, retrieval, weights
@@ -25,6 +22,7 @@ from recipes.nano.shape import LATENT_CHANNELS, LATENT_SIZE, LONG, SHIFT, SHORT,
 from recipes.nano.sheets import save_sheet
 from recipes.nano.tokenizer import Captioner
 from recipes.nano.workspace import Workspace
+from zimage_fp8 import provenance
 
 PROMPT_SEED, NOISE_SEED, PICTURE_SEED = 7, 1, 11
 BATCH = 128
@@ -69,9 +67,15 @@ def load_denoiser(
 
 
 def evaluate(
-    work: Workspace, shape: Shape, folder: Path, device: torch.device, dtype: torch.dtype
+    work: Workspace,
+    shape: Shape,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    command: str,
 ) -> None:
-    """Write nano-evaluation.json and three sheets of pictures."""
+    """Write nano-evaluation.json, which names the `command` it is from, and three sheets."""
     subject, training = load_subject(work, shape, folder, device, dtype)
     rng = np.random.default_rng(PROMPT_SEED)
     singles = held_out_scenes(subject.combinations, shape.num_evaluated, rng)
@@ -79,7 +83,10 @@ def evaluate(
     report = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "command": command,
         "seeds": {"prompts": PROMPT_SEED, "noise": NOISE_SEED, "pictures": PICTURE_SEED},
         "sampler": {"steps": STEPS, "shift": SHIFT, "guidance": 0.0},
         "shape": shape.__dict__,

@@ -25,6 +25,8 @@ from recipes.nano.tokenizer import CHAT, CHAT_TEMPLATE, Captioner
 from recipes.nano.workspace import Workspace
 from zimage_fp8.layout import FUSED
 
+HERE = Path(__file__).parent
+COMPANIONS = ("NOTICE", "calibration-prompts.txt")  # travel with the weights
 MAX_BYTES = 39_800_000
 SHARD = "14MB"
 SAME_PSNR_DB = 60.0  # fp32 on both sides: rounding of another order of sums, nothing else
@@ -69,6 +71,10 @@ def _write(work: Workspace, shape: Shape, model: Denoiser, codec: Codec, target:
         shutil.rmtree(target)
     pipeline = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **saved)
     pipeline.save_pretrained(target, max_shard_size=SHARD)
+    for file in target.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone
+    for name in COMPANIONS:
+        shutil.copyfile(HERE / name, target / name)
 
 
 def _cast_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -126,7 +132,7 @@ def _check_pictures(
     work: Workspace, captioner: Captioner, model: Denoiser, codec: Codec, target: Path
 ) -> None:
     """diffusers from the folder and our sampler from the pieces, same noise, both in FP32."""
-    pipeline = ZImagePipeline.from_pretrained(target, torch_dtype=torch.float32)
+    pipeline = ZImagePipeline.from_pretrained(target, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(3)
     scenes = [Scene(0, 7), Scene(1, 12, 2)]

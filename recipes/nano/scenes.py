@@ -1,8 +1,8 @@
 """Pictures: objects cut out, placed, and laid on a plain colour, on whatever device trains.
 
 Sizes. A single object's longest side is 180 to 208 pixels, its centre within 8 pixels of the
-middle: less freedom than a photograph's, so that 4 million looks suffice for sharp pictures. Two
-objects are 100 to 112 pixels, centred 62 pixels left and right of the middle, within 4.
+middle: less freedom than a photograph's, so that a few million looks suffice for sharp pictures.
+Two objects are 100 to 112 pixels, centred 62 pixels left and right of the middle, within 4.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -17,15 +17,15 @@ class Schedule:
     ) -> None:
         self.started, self.run_s, self.total_s = started, run_s, total_s
         self.spent_s, self.done = spent_s, done
-        self.trained_from = self.rate = 0.0
+        self.trained_from = self.training_s = self.gain = 0.0
 
     def begin(self) -> None:
         """Setting up is over."""
         self.trained_from = self.age_s()
-        this_run = max(0.0, self.run_s - self.trained_from)
+        self.training_s = max(0.0, self.run_s - self.trained_from)
         later_runs = max(0.0, self.total_s - self.spent_s - self.run_s)
-        if this_run > 0:
-            self.rate = (1 - self.done) / (this_run + later_runs)
+        if self.training_s > 0:
+            self.gain = (1 - self.done) * (self.training_s / (self.training_s + later_runs))
 
     def age_s(self) -> float:
         return time.monotonic() - self.started
@@ -37,7 +37,9 @@ class Schedule:
         return age_s - self.trained_from
 
     def progress(self, age_s: float) -> float:
-        return min(1.0, self.done + self.rate * self.trained_s(min(age_s, self.run_s)))
+        if not self.gain:
+            return self.done
+        return self.done + self.gain * (self.trained_s(min(age_s, self.run_s)) / self.training_s)
 
     def state_dict(self, age_s: float) -> dict[str, float]:
         return {"spent_s": self.spent_s + age_s, "done": self.progress(age_s)}

@@ -73,6 +73,34 @@ def test_equals_diffusers(
     assert relative_error(out, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dim": 48, "n_layers": 1, "n_refiner_layers": 2, "n_heads": 3, "axes_dims": [4, 6, 6]},
+        {"dim": 144, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "axes_dims": [24, 32, 16]},
+        {"dim": 288, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 9, "axes_dims": [8, 12, 12]},
+    ],
+    ids=["narrow", "few heads", "wider than the time"],
+)
+def test_random_configs_equal_diffusers(tmp_path: Path, config: dict[str, object]) -> None:
+    from diffusers import ZImageTransformer2DModel
+
+    from tiny import disturb_constants
+
+    torch.manual_seed(0)
+    reference = ZImageTransformer2DModel(
+        **config, n_kv_heads=config["n_heads"], cap_feat_dim=24, axes_lens=[256, 32, 32]
+    ).eval()
+    disturb_constants(reference)
+    reference.save_pretrained(tmp_path / "transformer")
+    model = ours(tmp_path)
+    latent, t, captions = torch.randn(1, 16, 10, 14), torch.tensor([0.3]), [torch.randn(40, 24)]
+    with torch.inference_mode():
+        out = model(latent, t, model.refine_caption(*pad_captions(captions)))
+        (expected,) = reference([latent[0].unsqueeze(1)], t, captions, return_dict=False)[0]
+    assert relative_error(out[0], expected.squeeze(1)) <= TOLERANCE
+
+
 def test_captions_of_different_buckets_do_not_share_a_batch() -> None:
     with pytest.raises(ValueError, match=r"\[32, 64\]"):
         pad_captions([torch.zeros(32, 4), torch.zeros(33, 4)])

@@ -1,4 +1,4 @@
-"""The progress bar of a benchmark, on stderr."""
+"""The progress bar of a benchmark, on stderr; in a log, one line per variant."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,15 @@ def show_progress(num_pieces: int) -> Iterator[OnStage]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("benchmark", total=num_pieces)
         begun = 0
 
         def on_stage(policy: str, stage: str) -> None:
             nonlocal begun
+            if not console.is_terminal and stage == "starting":
+                console.print(f"measuring {policy}", highlight=False)
             progress.update(bar, completed=begun, description=f"{policy:<14} {stage}")
             begun += 1
 

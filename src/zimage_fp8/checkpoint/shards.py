@@ -24,6 +24,7 @@ from zimage_fp8.errors import CheckpointError, ModelError
 from zimage_fp8.layout import Shape
 
 INDEX_SUFFIX = ".safetensors.index.json"
+SCALE_SUFFIXES = (".weight_scale", ".input_scale")
 FINGERPRINT_BYTES = 256
 
 DTYPES: dict[str, torch.dtype] = {
@@ -194,6 +195,20 @@ def write_shard(
                 raise ValueError(f"{name}: announced {infos[name]}, got {info_of(tensor)}")
             file.write(raw_bytes(tensor))
     os.chmod(path, 0o644)
+
+
+def scale_problems(reader: ShardReader) -> dict[str, str]:
+    """Scales that would turn every picture into noise: tensor name -> what is wrong with it."""
+    problems = {}
+    for name in reader.infos:
+        if not name.endswith(SCALE_SUFFIXES):
+            continue
+        scale = reader.read(name).float()
+        if not scale.isfinite().all():
+            problems[name] = "is not finite"
+        elif (scale <= 0).any():
+            problems[name] = f"is {scale.min().item():g}, a scale must be positive"
+    return problems
 
 
 def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], total_bytes: int) -> None:

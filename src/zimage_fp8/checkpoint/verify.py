@@ -24,7 +24,7 @@ from zimage_fp8.checkpoint.dialects import (
     stored_infos,
     tensor_problems,
 )
-from zimage_fp8.checkpoint.shards import ShardReader
+from zimage_fp8.checkpoint.shards import ShardReader, scale_problems
 from zimage_fp8.checkpoint.writer import WeightScales
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import (
@@ -201,28 +201,16 @@ def _check_policy(checkpoint: _Checkpoint) -> Iterator[Finding]:
 
 def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Finding]:
     """Scales finite and positive, shared where they must be; codes finite and using their range."""
-    findings: list[Finding] = []
+    scales = scale_problems(checkpoint.reader)
+    findings = [Finding("error", name, problem) for name, problem in scales.items()]
     layers = checkpoint.plan.quantized
     for done, layer in enumerate(layers):
-        findings += _check_scales(checkpoint, layer)
         findings += _check_codes(checkpoint, layer)
         if on_layer is not None:
             on_layer(done + 1, len(layers))
     for fused in sorted({fused_name(layer) for layer in layers}):
         findings += _check_sharing(checkpoint, fused)
     return findings
-
-
-def _check_scales(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
-    for leaf in ("weight_scale", "input_scale"):
-        name = f"{layer}.{leaf}"
-        if name not in checkpoint.reader.infos:
-            continue
-        scale = checkpoint.reader.read(name).float()
-        if not scale.isfinite().all():
-            yield Finding("error", name, "is not finite: every picture will be noise")
-        elif (scale <= 0).any():
-            yield Finding("error", name, f"is {scale.min().item():g}, a scale must be positive")
 
 
 def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from zimage_fp8.checkpoint.dialects import (
     stored_infos,
     tensor_problems,
 )
-from zimage_fp8.checkpoint.shards import ShardReader
+from zimage_fp8.checkpoint.shards import ShardReader, scale_problems
 from zimage_fp8.errors import CheckpointError, UsageError
 from zimage_fp8.layout import linear_shapes, members_of, read_config, tensor_shapes
 from zimage_fp8.model.z_image import ZImageTransformer
@@ -45,7 +45,8 @@ def load_transformer(
 
     A quantized checkpoint brings its own plan; asking it for another policy is a UsageError. A
     static policy on a BF16 model needs `calibration`. Raises CheckpointError listing every
-    missing, unexpected, mis-shaped or mis-typed tensor before anything is loaded.
+    missing, unexpected, mis-shaped or mis-typed tensor and every impossible scale before anything
+    is loaded.
     """
     config, raw = read_config(folder)
     shapes, linears = tensor_shapes(config), linear_shapes(config)
@@ -53,7 +54,9 @@ def load_transformer(
     plan = _choose_plan(folder, stored, policy, resolve(policy or PRESETS["bf16_base"], linears))
     on_disk = stored.plan if stored else resolve(PRESETS["bf16_base"], linears)
     with ShardReader(folder) as reader:
-        if problems := tensor_problems(reader.infos, stored_infos(on_disk, shapes)):
+        problems = tensor_problems(reader.infos, stored_infos(on_disk, shapes))
+        problems += [f"{name}: {problem}" for name, problem in scale_problems(reader).items()]
+        if problems:
             raise CheckpointError(
                 str(folder), problems, hint="zimage-fp8 verify explains a quantized checkpoint"
             )
