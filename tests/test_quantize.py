@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -386,3 +387,22 @@ def test_a_model_in_the_hub_s_cache_is_found_offline(tiny_model: Path, tmp_path:
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
     assert "attn-out-only: transformer" in shown.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_stopped_in_the_middle_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A process of its own, stopped by a real signal while it writes."""
+    program = (
+        "import os, signal, sys, zimage_fp8.checkpoint.writer as writer\n"
+        f"writer.write_index = lambda *_: os.kill(os.getpid(), {int(number)}) or signal.pause()\n"
+        "sys.argv = ['zimage-fp8', *sys.argv[1:]]\n"
+        "from zimage_fp8.cli import main; main()"
+    )
+    arguments = ["quantize", str(tiny_model), "--policy", "fp8-row", "--out", "out"]
+    command = [sys.executable, "-c", program, *arguments]
+    stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert list(tmp_path.iterdir()) == []

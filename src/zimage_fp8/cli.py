@@ -5,6 +5,7 @@ everything else to stderr. Exit codes: 0 done, 1 failed, 2 the request was wrong
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,20 @@ def serve(
         bool, typer.Option(help="Write prompt and parameters into pictures.")
     ] = True,
     log_prompts: Annotated[bool, typer.Option(help="Write prompts to the log.")] = False,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that clients must send; repeatable, or several in the variable. "
+            "Other users of this machine can read command lines, but not the variable.",
+            envvar="ZIMAGE_FP8_API_KEY",
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Such keys, one per line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page origin that may use this server, `*` for all; repeatable."),
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Largest picture, width times height.")] = 4194304,
     dtype: Dtype = "bfloat16",
     device: Device = None,
 ) -> None:
@@ -219,10 +234,20 @@ def serve(
 
     zimage-fp8 serve nano --policy online_fp8 --port 8000
     """
+    from zimage_fp8.serve import ServeOptions, api_keys
     from zimage_fp8.serve import serve as run
 
+    options = ServeOptions(
+        names=(served_model_name or model,),
+        max_pixels=max_pixels,
+        embed_metadata=embed_metadata,
+        log_prompts=log_prompts,
+        api_keys=api_keys(api_key or (), api_key_file),
+        cors_origins=tuple(cors_origin or ()),
+    )
     run(
         model,
+        options,
         policy=policy,
         quantization_config=quantization_config,
         host=host,
@@ -231,10 +256,7 @@ def serve(
         device=device,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
-        served_model_name=served_model_name,
         omni=omni,
-        embed_metadata=embed_metadata,
-        log_prompts=log_prompts,
     )
 
 
@@ -364,6 +386,8 @@ def options(
 
 def main() -> None:
     """Run the command line; our errors become one sentence and an exit code."""
+    # Being asked to end must unwind like Ctrl-C does, so that half-written folders are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except ZImageError as error:

@@ -198,3 +198,30 @@ def test_unequal_weight_scales_and_private_files_are_warnings(copy: Path) -> Non
 def test_an_unquantized_model_is_not_a_checkpoint(tiny_model: Path) -> None:
     with pytest.raises(UsageError, match="not quantized"):
         verify(tiny_model)
+
+
+OWN_POLICY = """
+name = "own"
+summary = "Feed-forward, one scale per row."
+
+[[rule]]
+layers = "*.feed_forward.w[123]"
+spec = "e4m3-row"
+why = "a test"
+"""
+
+
+def test_a_policy_of_one_s_own_is_checked_by_the_rules_it_left(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(OWN_POLICY)
+    (out,) = quantize(str(tiny_model), [str(tmp_path / "own.toml")], tmp_path / "out")
+    assert verify(out, tiny_model).findings == ()
+
+    def claim_more(config: dict) -> None:  # type: ignore[type-arg]
+        config["zimage_fp8"]["rules"][-2]["layers"] = "*"
+
+    edit_config(claim_more)(out)
+    errors = [finding.message for finding in verify(out).findings if finding.level == "error"]
+    assert errors == [m for m in errors if m.startswith("claims 'own' but differs in")]
+    assert errors

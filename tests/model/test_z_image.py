@@ -101,6 +101,18 @@ def test_random_configs_equal_diffusers(tmp_path: Path, config: dict[str, object
     assert relative_error(out[0], expected.squeeze(1)) <= TOLERANCE
 
 
+def test_a_step_of_training_after_drawing_a_picture(tiny_model: Path) -> None:
+    """Tables remembered under inference mode must not break a later backward."""
+    model = ours(tiny_model)
+    caption, is_pad = torch.randn(1, 32, 32), torch.zeros(1, 32, dtype=torch.bool)
+    latent, t = torch.randn(1, 16, 22, 6), torch.tensor([0.3])
+    with torch.inference_mode():
+        model(latent, t, model.refine_caption(caption, is_pad))
+    model.requires_grad_(True)
+    model(latent, t, model.refine_caption(caption, is_pad)).square().mean().backward()
+    assert model.layers[0].attention.to_qkv.weight.grad.abs().sum() > 0
+
+
 def test_captions_of_different_buckets_do_not_share_a_batch() -> None:
     with pytest.raises(ValueError, match=r"\[32, 64\]"):
         pad_captions([torch.zeros(32, 4), torch.zeros(33, 4)])

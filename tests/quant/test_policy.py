@@ -136,6 +136,7 @@ def test_a_policy_file_cannot_quantize_what_breaks_pictures(tmp_path: Path) -> N
         (('why = "two', 'because = "two'), "rule.1"),
         (('name = "gentle"', 'name = "full"'), "preset"),
         (('name = "gentle"', "name = "), "not valid TOML"),
+        (('name = "gentle"', 'name = "../up"'), "becomes a folder's"),
         (("*.feed_forward.w[123]", "*.feed_forward.w1"), "mixes precisions"),
         (("layers.0.*", "layer.0.*"), "no layer of this model matches"),
     ],

@@ -34,9 +34,17 @@ from zimage_fp8.layout import (
     read_config,
     tensor_shapes,
 )
-from zimage_fp8.numerics import QMAX
+from zimage_fp8.numerics import QMAX, QuantSpec
 from zimage_fp8.quant.linear import quantize_weight
-from zimage_fp8.quant.policy import GEMM_MULTIPLE, PRESETS, Plan, find_policy, resolve
+from zimage_fp8.quant.policy import (
+    GEMM_MULTIPLE,
+    PRESETS,
+    Plan,
+    Policy,
+    Rule,
+    find_policy,
+    resolve,
+)
 
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
@@ -186,9 +194,10 @@ def _check_policy(checkpoint: _Checkpoint) -> Iterator[Finding]:
         yield Finding("warning", OWN_KEY, "the checkpoint does not say which policy made it")
         return
     try:
-        claimed = resolve(find_policy(name), checkpoint.linears)
-    except ZImageError:
-        return  # a policy of the user's own; its rules are in the config, not in this program
+        claimed = resolve(_claimed_policy(name, checkpoint.stored.facts), checkpoint.linears)
+    except (ZImageError, KeyError, TypeError) as error:
+        yield Finding("error", "policy", f"{name!r} cannot be resolved on this model: {error}")
+        return
     plan = checkpoint.plan
     wrong = [layer for layer in plan.entries if plan.spec(layer) != claimed.spec(layer)]
     if wrong:
@@ -199,8 +208,21 @@ def _check_policy(checkpoint: _Checkpoint) -> Iterator[Finding]:
         )
 
 
+def _claimed_policy(name: str, facts: Mapping[str, object]) -> Policy:
+    """The preset of that name; for a user's own policy, the rules the checkpoint states."""
+    if name.partition("[")[0] in PRESETS:
+        return find_policy(name)
+    stated = facts["rules"]
+    assert isinstance(stated, list)
+    rules = [
+        Rule(rule["layers"], QuantSpec(**rule["spec"]) if rule["spec"] else None, rule["why"])
+        for rule in stated
+    ]
+    return Policy(name, str(facts.get("summary")), tuple(rules))
+
+
 def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Finding]:
-    """Scales finite and positive, shared where they must be; codes finite and using their range."""
+    """Scales finite and positive, and shared where they must be; codes finite and not all zero."""
     scales = scale_problems(checkpoint.reader)
     findings = [Finding("error", name, problem) for name, problem in scales.items()]
     layers = checkpoint.plan.quantized

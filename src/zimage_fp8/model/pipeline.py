@@ -1,7 +1,9 @@
 """From a prompt to pixels: encode, draw noise, denoise, decode."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -54,6 +56,18 @@ class GeneratedImage:
     timings_s: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Previews:
+    """Pictures of the model's running guess: `show(pixels)` is called once in each step of `steps`.
+
+    steps count from 1. pixels: uint8 [height, width, 3] of `latent − sigma · velocity`, which is
+    where the current step points to. `show` may raise to cancel.
+    """
+
+    steps: frozenset[int]
+    show: Callable[[np.ndarray], None]
+
+
 class Pipeline:
     """A loaded model. Not thread-safe: one thread draws."""
 
@@ -104,6 +118,10 @@ class Pipeline:
         if not 0 <= request.seed < 2**63:
             raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
 
+    def num_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, chat template included. Raises UsageError when it is too long."""
+        return len(self.text.tokens(prompt))
+
     def _validate_size(self, request: ImageRequest) -> None:
         size = f"{request.width}x{request.height}"
         if request.width < 1 or request.height < 1:
@@ -124,9 +142,15 @@ class Pipeline:
             raise UsageError(f"size {size}: this model draws at most {limit} a side", param="size")
 
     @torch.inference_mode()
-    def generate(self, request: ImageRequest, on_step: OnStep | None = None) -> GeneratedImage:
+    def generate(
+        self,
+        request: ImageRequest,
+        on_step: OnStep | None = None,
+        previews: Previews | None = None,
+    ) -> GeneratedImage:
         """Draw one picture. `on_step(done, total)` runs after every step and may raise to cancel.
 
+        Previews cost one decoding each, timed as the stage `preview`; the picture is the same.
         Raises UsageError for a request that cannot be drawn, ZImageError when the numbers are not
         finite.
         """
@@ -134,6 +158,8 @@ class Pipeline:
         clock = _Clock(self.device)
         velocity = self.velocity(request)
         clock.lap("encode")
+        if previews:
+            velocity = self._previewed(velocity, previews, clock)
         sigmas = schedule(request.steps, self.shift)
         latent = denoise(velocity, self.draw_latent(request), sigmas, on_step)
         clock.lap("denoise")
@@ -146,6 +172,19 @@ class Pipeline:
         clock.lap("decode")
         nfe = request.steps * (2 if request.guidance else 1)
         return GeneratedImage(pixels, request, sigmas, nfe, clock.laps)
+
+    def _previewed(self, velocity: Velocity, previews: Previews, clock: "_Clock") -> Velocity:
+        steps = count(1)
+
+        def previewed(latent: Tensor, sigma: float) -> Tensor:
+            direction = velocity(latent, sigma)
+            if next(steps) in previews.steps:
+                clock.lap("denoise")
+                previews.show(self.decoder.decode(latent - sigma * direction))
+                clock.lap("preview")
+            return direction
+
+        return previewed
 
     def draw_latent(self, request: ImageRequest) -> Tensor:
         channels = self.transformer.config.in_channels
@@ -198,7 +237,7 @@ class Pipeline:
 
 @dataclass
 class _Clock:
-    """Wall time per stage, with the device's queue drained at every lap."""
+    """Wall time per stage, summed over its laps, with the device's queue drained at every lap."""
 
     device: torch.device
     laps: dict[str, float] = field(default_factory=dict)
@@ -208,7 +247,8 @@ class _Clock:
 
     def lap(self, stage: str) -> None:
         now = self._now()
-        self.laps[stage], self._last = now - self._last, now
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
 
     def _now(self) -> float:
         if self.device.type == "cuda":

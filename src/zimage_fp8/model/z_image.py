@@ -214,14 +214,17 @@ class ZImageTransformer(nn.Module):
 
 # Rotary tables are the same for every step and every picture of one size. They are formed on the
 # CPU, so that all machines rotate alike, and copied once: a copy per forward would stall the GPU.
+# As ordinary tensors even under inference mode, since a later training step may meet them.
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def caption_rope(config: ZImageConfig, tokens: int, device: torch.device) -> Tensor:
     return rope_table(caption_positions(tokens), config.axes_dims, config.rope_theta).to(device)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def image_rope(
     config: ZImageConfig, height: int, width: int, caption_tokens: int, device: torch.device
 ) -> Tensor:

@@ -248,6 +248,11 @@ def read_policy_file(path: Path) -> Policy:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ZImageError(f"policy file {path}: {where}: {first['msg']}") from None
+    if not re.fullmatch(r"\w[\w.-]*", parsed.name):
+        raise ZImageError(
+            f"policy file {path}: the name {parsed.name!r} becomes a folder's; "
+            "use letters, digits, dots and dashes"
+        )
     if parsed.name in PRESETS:
         raise ZImageError(
             f"policy file {path}: the name {parsed.name!r} is a preset's; choose another"
