@@ -100,7 +100,7 @@ WRONG = {
         ["quantize", "nano", "--out", "q", "--prompts", "p.txt"], 1, "p.txt cannot be read",
     ),
     "too few calibration steps": (
-        ["quantize", "nano", "--out", "q", "--steps", "1"], 2, "at least 2",
+        ["quantize", "nano", "--out", "q", "--steps", "1"], 2, "takes 2 to 200",
     ),
     "calibration size": (
         ["quantize", "nano", "--out", "q", "--size", "60x60"], 2, "multiples of 16",

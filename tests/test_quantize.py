@@ -389,7 +389,7 @@ def test_a_model_in_the_hub_s_cache_is_found_offline(tiny_model: Path, tmp_path:
     assert "attn-out-only: transformer" in shown.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_being_stopped_in_the_middle_leaves_nothing(
     tiny_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -4,11 +4,9 @@ Heavy imports happen inside the verbs, so that `--help` answers at once. Data go
 everything else to stderr. Exit codes: 0 done, 1 failed, 2 the request was wrong.
 """
 
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +14,7 @@ import typer
 
 from zimage_fp8 import __version__
 from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.terminal import emit, progress
 
 app = typer.Typer(
     name="zimage-fp8",
@@ -60,14 +59,18 @@ def quantize(
         Path | None, typer.Option(help="Calibration prompts, one per line; 8 are shipped.")
     ] = None,
     steps: Annotated[
-        int, typer.Option(help="DiT forwards per prompt; the last one is at sigma 0.")
-    ] = 9,
+        int | None, typer.Option(help="DiT forwards per prompt, the last at sigma 0; 9.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WxH of the calibration pictures.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next counts up.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first prompt, then counting up; 0.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")
     ] = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="What calibration computes in: bfloat16 (default), float32.")
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -82,14 +85,14 @@ def quantize(
         source = verb.find_unquantized(model)
         jobs = verb.plan_jobs(source, policy, out or Path("checkpoint"))
         reports = [verb.size_report(source, job.plan) for job in jobs]
-        _emit(reports if as_json else dry_run_tables(reports), as_json)
+        emit(reports if as_json else dry_run_tables(reports), as_json)
         return
     if out is None:
         raise UsageError("--out is missing: name the folder to write", param="out")
     options = verb.CalibrationOptions(calibration, prompts, steps, _size(size), seed, dtype, device)
-    with _progress() as report:
+    with progress() as report:
         written = verb.quantize(model, policy, out, calibration=options, on_progress=report)
-    _emit([str(path) for path in written] if as_json else "\n".join(map(str, written)), as_json)
+    emit([str(path) for path in written] if as_json else "\n".join(map(str, written)), as_json)
 
 
 @app.command()
@@ -105,13 +108,13 @@ def verify(
     Exit code 1 when there is an error.
     """
     from zimage_fp8.checkpoint.verify import verify as check
-    from zimage_fp8.model.source import find_model
+    from zimage_fp8.quantize import find_unquantized
     from zimage_fp8.render import verification_text
 
-    original = find_model(against) if against else None
-    with _progress() as report:
+    original = find_unquantized(against) if against else None
+    with progress() as report:
         found = check(folder, original, lambda done, total: report("checking", done, total))
-    _emit(found if as_json else verification_text(found), as_json)
+    emit(found if as_json else verification_text(found), as_json)
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -144,14 +147,18 @@ def generate(
 
     zimage-fp8 generate "a 3d icon of a red apple on a teal background" -o apple.png
     """
+    from zimage_fp8.generate import check_early
     from zimage_fp8.generate import generate as draw
     from zimage_fp8.model.loading import load_pipeline
     from zimage_fp8.model.pipeline import ImageRequest
     from zimage_fp8.quant.calibrate import read_calibration
 
-    known = read_calibration(calibration) if calibration else None
     wanted = _size(size)
-    with _progress() as report:
+    width, height = wanted or (16, 16)  # the model's own size is known once it is loaded
+    request = ImageRequest(prompt, width, height, negative_prompt, steps, guidance, seed)
+    check_early(request, output, n)
+    known = read_calibration(calibration) if calibration else None
+    with progress() as report:
         pipeline = load_pipeline(
             model,
             policy=policy,
@@ -161,7 +168,7 @@ def generate(
             on_calibration=lambda done, total: report("calibrating", done, total),
         )
         width, height = wanted or pipeline.default_size
-        request = ImageRequest(prompt, width, height, negative_prompt, steps, guidance, seed)
+        request = replace(request, width=width, height=height)
         files = draw(
             pipeline,
             request,
@@ -170,7 +177,7 @@ def generate(
             embed_metadata=embed_metadata,
             on_step=lambda picture, done, total: report(f"picture {picture + 1}", done, total),
         )
-    _emit([str(path) for path in files] if as_json else "\n".join(map(str, files)), as_json)
+    emit([str(path) for path in files] if as_json else "\n".join(map(str, files)), as_json)
 
 
 @app.command(name="inspect")
@@ -183,7 +190,7 @@ def inspect_command(
     from zimage_fp8.render import facts_text
 
     facts = inspect(path)
-    _emit(facts if as_json else facts_text(facts), as_json)
+    emit(facts if as_json else facts_text(facts), as_json)
 
 
 @app.command()
@@ -327,46 +334,13 @@ def doctor(as_json: Json = False) -> None:
     from zimage_fp8 import doctor as verb
 
     report = verb.examine()
-    _emit(report if as_json else verb.render(report), as_json)
+    emit(report if as_json else verb.render(report), as_json)
 
 
 def _size(size: str | None) -> tuple[int, int] | None:
     from zimage_fp8.protocol import parse_size
 
     return parse_size(size) if size else None
-
-
-def _emit(value: object, as_json: bool) -> None:
-    if as_json:
-        from dataclasses import asdict, is_dataclass
-
-        def plain(item: object) -> object:
-            if is_dataclass(item) and not isinstance(item, type):
-                return asdict(item)
-            return str(item)
-
-        print(json.dumps(value, default=plain, indent=2, ensure_ascii=False))
-    else:
-        print(value)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars with an estimate of what is left, on stderr, one per stage, only on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield report
 
 
 def _version(value: bool) -> None:
@@ -387,7 +361,8 @@ def options(
 def main() -> None:
     """Run the command line; our errors become one sentence and an exit code."""
     # Being asked to end must unwind like Ctrl-C does, so that half-written folders are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
     try:
         app()
     except ZImageError as error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zimage_fp8.errors import UsageError, ZImageError
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import ImageRequest, Pipeline, check_values
 from zimage_fp8.picture import encode_png
 
 OnStep = Callable[[int, int, int], None]  # (picture, steps done, steps in all)
@@ -26,7 +26,8 @@ def generate(
     One picture goes to `out`; several to out-0.png, out-1.png, …. Raises UsageError for a request
     that cannot be drawn and ZImageError when a file cannot be written.
     """
-    check_request(pipeline, request, out, count)
+    check_early(request, out, count)
+    pipeline.validate(request)
     files = []
     for index in range(count):
         one = replace(request, seed=request.seed + index)
@@ -37,11 +38,12 @@ def generate(
     return files
 
 
-def check_request(pipeline: Pipeline, request: ImageRequest, out: Path, count: int) -> None:
-    """Everything that can be refused before the first step."""
-    pipeline.validate(request)
+def check_early(request: ImageRequest, out: Path, count: int) -> None:
+    """Everything that can be refused before a model is loaded."""
+    check_values(request)
     if not 1 <= count <= 100:
         raise UsageError(f"n is {count}, expected 1 to 100", param="n")
+    check_values(replace(request, seed=request.seed + count - 1))
     if request.negative_prompt and not request.guidance:
         raise UsageError(
             "a negative prompt does nothing at guidance 0",

@@ -5,8 +5,8 @@ from pathlib import Path
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY, read_stored
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.layout import linear_shapes, read_config
-from zimage_fp8.model.source import COMPONENTS, check_pipeline_folder
+from zimage_fp8.layout import COMPONENTS, linear_shapes, read_config
+from zimage_fp8.model.source import check_pipeline_folder
 from zimage_fp8.picture import read_metadata
 
 

@@ -7,7 +7,8 @@ members and order are stated here once (`FUSED`), for the policy, the writer and
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from zimage_fp8.errors import ModelError
 
@@ -22,6 +23,8 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 
 Shape = tuple[int, ...]
+
+COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
         raw = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{path} is missing: {folder} is not a transformer folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds a {type(raw).__name__}, expected an object")
     if (found := raw.get("_class_name")) != "ZImageTransformer2DModel":
         raise ModelError(
             f"{path} describes {found or 'no class'}, expected ZImageTransformer2DModel",
@@ -81,8 +86,14 @@ def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
     if raw.get("n_kv_heads", raw.get("n_heads")) != raw.get("n_heads"):
         raise ModelError(f"{path}: n_kv_heads differs from n_heads, which is not supported")
     known = {field.name for field in fields(ZImageConfig)}
-    values: dict[str, Any] = {k: _frozen(v) for k, v in raw.items() if k in known}
-    return ZImageConfig(**values), raw
+    try:
+        config = CONFIG.validate_python({k: v for k, v in raw.items() if k in known})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{path}: {where} is {first['input']!r}: {first['msg']}") from None
+    _check_geometry(path, config)
+    return config, raw
 
 
 UNSUPPORTED: dict[str, object] = {
@@ -93,8 +104,20 @@ UNSUPPORTED: dict[str, object] = {
 }
 
 
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+CONFIG = TypeAdapter(ZImageConfig)
+
+
+def _check_geometry(path: Path, config: ZImageConfig) -> None:
+    sizes = (config.dim, config.n_heads, config.cap_feat_dim, config.in_channels, *config.axes_lens)
+    if min(sizes) < 1 or min(config.n_layers, config.n_refiner_layers) < 0:
+        raise ModelError(f"{path}: a size is zero or negative: {config}")
+    if config.dim % config.n_heads or sum(config.axes_dims) != config.head_dim:
+        raise ModelError(
+            f"{path}: axes_dims {list(config.axes_dims)} must add up to the head dimension, "
+            f"{config.dim} / {config.n_heads} heads"
+        )
+    if len(config.axes_dims) != 3 or len(config.axes_lens) != 3:
+        raise ModelError(f"{path}: axes_dims and axes_lens need three entries each")
 
 
 def tensor_shapes(config: ZImageConfig) -> dict[str, Shape]:

@@ -4,19 +4,25 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from re import sub
 
 from zimage_fp8 import __version__
 from zimage_fp8.checkpoint.dialects import algorithm_of, stored_infos, tensor_problems
 from zimage_fp8.checkpoint.shards import ShardReader
-from zimage_fp8.checkpoint.writer import WeightScales, new_infos, write_checkpoint
+from zimage_fp8.checkpoint.writer import (
+    WeightScales,
+    component_bytes,
+    new_infos,
+    write_checkpoint,
+)
 from zimage_fp8.errors import CheckpointError, UsageError, ZImageError
 from zimage_fp8.layout import fused_name, linear_shapes, read_config, tensor_shapes
 from zimage_fp8.model.calibration import (
     FORWARDS,
     CalibrationSettings,
+    check_forwards,
     read_prompts,
     run_calibration,
 )
@@ -41,11 +47,18 @@ class CalibrationOptions:
 
     file: Path | None = None
     prompts: Path | None = None
-    forwards: int = FORWARDS
+    forwards: int | None = None
     size: tuple[int, int] | None = None
-    seed: int = 0
-    dtype: str = "bfloat16"
+    seed: int | None = None
+    dtype: str | None = None
     device: str | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were given, as a user spells them, the file apart."""
+        spelled = {"forwards": "steps"}
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return [f"--{spelled.get(name, name)}" for name in names if name != "file"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ def quantize(
     source = find_unquantized(model)
     jobs = plan_jobs(source, policies, out)
     check_output(source, jobs)
+    check_options(options, needs_calibration=any(job.policy.is_static for job in jobs))
     measured = None
     if any(job.policy.is_static for job in jobs):
         measured = calibrate_or_read(model, source, options, on_progress)
@@ -131,11 +145,34 @@ def check_output(source: Path, jobs: Sequence[Job]) -> None:
         raise ZImageError(f"cannot write {jobs[0].out}: {root} is not a writable folder")
     free = shutil.disk_usage(root).free
     needed = sum(size_report(source, job.plan).bytes_after for job in jobs)
+    if source.stat().st_dev != root.stat().st_dev:  # components cannot be hard-linked there
+        needed += len(jobs) * component_bytes(source)
     if needed > free:
         raise ZImageError(
             f"{len(jobs)} checkpoints need {needed / 1e9:.1f} GB, "
             f"{root} has {free / 1e9:.1f} GB free"
         )
+
+
+def check_options(options: CalibrationOptions, *, needs_calibration: bool) -> None:
+    """Refuse options that would do nothing, and find bad ones before the model is loaded."""
+    if not needs_calibration and (options.given or options.file):
+        named = ", ".join([*options.given, *(["--calibration"] if options.file else [])])
+        raise UsageError(f"{named}: none of these policies is static, nothing is calibrated")
+    if options.file is not None and options.file.exists():
+        if options.given:
+            raise UsageError(
+                f"{', '.join(options.given)}: the calibration in {options.file} exists and is "
+                "reused, so nothing is measured",
+                hint="name another --calibration file to measure anew",
+            )
+        return
+    if options.file is not None and not os.access(options.file.absolute().parent, os.W_OK):
+        raise ZImageError(f"cannot write {options.file}: its folder does not exist or is read-only")
+    if options.prompts is not None:
+        read_prompts(options.prompts)
+    if options.forwards is not None:
+        check_forwards(options.forwards)
 
 
 def calibrate_or_read(
@@ -146,14 +183,14 @@ def calibrate_or_read(
         calibration = read_calibration(options.file)
         check_calibration(calibration, source)
         return calibration
-    pipeline = load_pipeline(model, dtype=options.dtype, device=options.device)
+    pipeline = load_pipeline(model, dtype=options.dtype or "bfloat16", device=options.device)
     default = CalibrationSettings.default(source, pipeline.default_size)
     settings = CalibrationSettings(
         prompts=read_prompts(options.prompts) if options.prompts else default.prompts,
         width=options.size[0] if options.size else default.width,
         height=options.size[1] if options.size else default.height,
-        forwards=options.forwards,
-        seed=options.seed,
+        forwards=options.forwards or FORWARDS,
+        seed=options.seed or 0,
     )
     calibration = run_calibration(pipeline, source, settings, _stage("calibrating", on_progress))
     if options.file is not None:

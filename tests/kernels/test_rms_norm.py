@@ -24,6 +24,13 @@ def test_bf16_is_rounded_once() -> None:
     assert torch.equal(rms_norm(x, weight, 1e-5), exact(x, weight).to(torch.bfloat16))
 
 
+def test_swiglu_is_rounded_once_in_bf16() -> None:
+    w13 = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    gate, value = w13.double().chunk(2, dim=-1)
+    expected = (gate * torch.sigmoid(gate) * value).to(torch.bfloat16)
+    assert torch.equal(swiglu(w13), expected)
+
+
 def test_swiglu_gates_the_second_half_with_the_first() -> None:
     gate, value = torch.randn(3, 5), torch.randn(3, 5)
     expected = gate * torch.sigmoid(gate) * value

@@ -96,16 +96,15 @@ class ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stack.close()
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its dtype on disk."""
         tensor: Tensor = self._open[self.shard_of[name]].get_tensor(name)
         return tensor
-
-    def metadata(self) -> dict[str, str]:
-        """The safetensors metadata of the first shard."""
-        return dict(self._open[self.files[0]].metadata() or {})
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """(file name, its tensors) for every shard, in order."""
@@ -114,7 +113,7 @@ class ShardReader:
 
     def fingerprint(self) -> str:
         """A hash over every tensor's name, type, shape and first bytes: cheap at any size, and
-        different for any finetune or merge (which move the first row of some weight)."""
+        different for training and merging, which move the first row of some weight."""
         digest = hashlib.sha256()
         for name in sorted(self.infos):
             info = self.infos[name]
@@ -144,9 +143,14 @@ def _shard_files(folder: Path) -> list[str]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a safetensors index: {error}") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelError(f"{index} is not a safetensors index: it names {file!r} as a file")
+    return dict(weight_map)
 
 
 def _index_problems(folder: Path, shard_of: Mapping[str, str]) -> list[str]:

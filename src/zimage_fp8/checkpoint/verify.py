@@ -25,9 +25,10 @@ from zimage_fp8.checkpoint.dialects import (
     tensor_problems,
 )
 from zimage_fp8.checkpoint.shards import ShardReader, scale_problems
-from zimage_fp8.checkpoint.writer import WeightScales
+from zimage_fp8.checkpoint.writer import CALIBRATION_FILE, WeightScales
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import (
+    COMPONENTS,
     fused_name,
     linear_shapes,
     members_of,
@@ -35,6 +36,7 @@ from zimage_fp8.layout import (
     tensor_shapes,
 )
 from zimage_fp8.numerics import QMAX, QuantSpec
+from zimage_fp8.quant.calibrate import read_calibration
 from zimage_fp8.quant.linear import quantize_weight
 from zimage_fp8.quant.policy import (
     GEMM_MULTIPLE,
@@ -46,7 +48,9 @@ from zimage_fp8.quant.policy import (
     resolve,
 )
 
-COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+# A linear layer multiplies its input's size by about rms(weight) · sqrt(inputs). Trained ones lie
+# within a factor of a few of 1; an inverted scale is off by (448 / amax)², a million and more.
+ABSURD_GAIN = 1e3
 
 OnLayer = Callable[[int, int], None]
 
@@ -123,6 +127,11 @@ def _check_folder(checkpoint: _Checkpoint) -> Iterator[Finding]:
     for name in COMPONENTS:
         if not (folder / name).is_dir() or not any((folder / name).iterdir()):
             yield Finding("error", name, "missing: the folder is not a complete pipeline")
+        elif name in ("text_encoder", "vae"):
+            try:
+                ShardReader(folder / name).close()
+            except ZImageError as error:
+                yield Finding("error", name, str(error))
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         if not path.stat().st_mode & stat.S_IROTH:
             message = "readable by its owner only: a container under another user cannot load it"
@@ -232,7 +241,29 @@ def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Fi
             on_layer(done + 1, len(layers))
     for fused in sorted({fused_name(layer) for layer in layers}):
         findings += _check_sharing(checkpoint, fused)
+    findings += _check_calibration(checkpoint)
     return findings
+
+
+def _check_calibration(checkpoint: _Checkpoint) -> Iterator[Finding]:
+    """Every input scale against the calibration that travels with the checkpoint."""
+    path = checkpoint.folder / CALIBRATION_FILE
+    if not path.is_file():
+        return
+    try:
+        calibration = read_calibration(path)
+    except ZImageError as error:
+        yield Finding("error", CALIBRATION_FILE, str(error))
+        return
+    if checkpoint.stored.facts.get("calibration_digest") != calibration.digest:
+        yield Finding("error", CALIBRATION_FILE, "is not the one the checkpoint was made from")
+        return
+    for layer in checkpoint.plan.quantized:
+        spec, name = checkpoint.plan.spec(layer), f"{layer}.input_scale"
+        if spec is None or not spec.is_static or name not in checkpoint.reader.infos:
+            continue
+        if not _equal(checkpoint.reader.read(name), calibration.input_scale(layer, spec)):
+            yield Finding("error", name, f"is not amax/{QMAX[spec.format]:g} of the calibration")
 
 
 def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
@@ -244,6 +275,21 @@ def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
         yield Finding("error", f"{layer}.weight", f"{bad} of {codes.numel()} codes are NaN")
     elif not codes.any():
         yield Finding("error", f"{layer}.weight", "is all zero")
+    else:
+        yield from _check_gain(checkpoint, layer, codes)
+
+
+def _check_gain(checkpoint: _Checkpoint, layer: str, codes: Tensor) -> Iterator[Finding]:
+    """An inverted scale is finite and positive, but makes weights of absurd size."""
+    name = f"{layer}.weight_scale"
+    if name not in checkpoint.reader.infos or len(checkpoint.reader.infos[name].shape) > 1:
+        return
+    scale = checkpoint.reader.read(name).float()
+    weight = codes * (scale[:, None] if scale.numel() > 1 else scale)
+    gain = weight.pow(2).mean().sqrt().item() * codes.shape[1] ** 0.5
+    if not 1 / ABSURD_GAIN < gain < ABSURD_GAIN:
+        message = f"makes inputs {gain:.3g} times as large: is it inverted?"
+        yield Finding("error", name, message)
 
 
 MUST_SHARE: tuple[tuple[str, Literal["error", "warning"], str], ...] = (
@@ -273,6 +319,10 @@ def _check_against(checkpoint: _Checkpoint, source: Path) -> Iterator[Finding]:
     reader, plan = checkpoint.reader, checkpoint.plan
     with ShardReader(source / "transformer") as original:
         scales = WeightScales(original)
+        shapes = {name: info.shape for name, info in original.infos.items()}
+        if any(info.shape != shapes.get(n, info.shape) for n, info in reader.infos.items()):
+            yield Finding("error", "tensors", f"{source.name} is a model of other shapes")
+            return
         for name in reader.infos:
             layer, _, leaf = name.rpartition(".")
             spec = plan.spec(layer) if layer in plan.entries else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from zimage_fp8.checkpoint.dialects import stored_infos, write_config
+from zimage_fp8.checkpoint.dialects import OWN_KEY, stored_infos, write_config
 from zimage_fp8.checkpoint.shards import (
     ShardReader,
     TensorInfo,
@@ -18,13 +18,15 @@ from zimage_fp8.checkpoint.shards import (
     write_shard,
 )
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.layout import fused_name, members_of, read_config, tensor_shapes
+from zimage_fp8.layout import COMPONENTS, fused_name, members_of, read_config, tensor_shapes
 from zimage_fp8.quant.calibrate import Calibration, write_calibration
 from zimage_fp8.quant.linear import quantize_weight, weight_amax, weight_scales
 from zimage_fp8.quant.policy import Plan
 
 CALIBRATION_FILE = "calibration.json"
 SHARD_STEM = "diffusion_pytorch_model"
+ROOT_FILES = ("model_index.json", "NOTICE", "calibration-prompts.txt")
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja")
 
 OnTensor = Callable[[int, int], None]  # (bytes of source read, bytes of source in all)
 
@@ -45,7 +47,10 @@ class WeightScales:
         for member in members:
             if (member, spec.weight) not in self._amax:
                 weight = self.reader.read(f"{member}.weight")
-                self._amax[member, spec.weight] = weight_amax(weight, spec)
+                found = weight_amax(weight, spec)
+                if not found.isfinite().all():
+                    raise ZImageError(f"{member}.weight of the source holds NaN or infinity")
+                self._amax[member, spec.weight] = found
         amaxes = [self._amax[member, spec.weight] for member in members]
         return weight_scales(amaxes, spec)[members.index(layer)]
 
@@ -65,7 +70,7 @@ def write_checkpoint(
     `out` and is renamed when complete. The same input gives the same bytes.
     """
     with complete_or_nothing(out) as partial:
-        _link_components(source, partial)
+        _bring_components(source, partial)
         if calibration is not None:
             write_calibration(calibration, partial / CALIBRATION_FILE)
         _write_transformer(
@@ -81,6 +86,7 @@ def write_checkpoint(
 def complete_or_nothing(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block succeeds, and is removed when not."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    new_parents = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -89,6 +95,9 @@ def complete_or_nothing(out: Path) -> Iterator[Path]:
         raise ZImageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ def _write_transformer(
     config, raw = read_config(source)
     reader = content.scales.reader
     infos = new_infos(reader, content.plan, tensor_shapes(config))
+    metadata = {"format": "pt", OWN_KEY: json.dumps(_short(content.plan, facts), sort_keys=True)}
     done, total = 0, sum(info.num_bytes for info in reader.infos.values())
     weight_map: dict[str, str] = {}
 
@@ -139,12 +149,18 @@ def _write_transformer(
 
     for file, names in reader.shards():
         shard = {name: infos[name] for name in _with_scales(names, infos)}
-        write_shard(out / file, shard, produce, {"format": "pt"})
+        write_shard(out / file, shard, produce, metadata)
         weight_map |= dict.fromkeys(shard, file)
     if len(reader.files) > 1:
         write_index(out, SHARD_STEM, weight_map, sum(info.num_bytes for info in infos.values()))
     new_config = write_config(content.plan, raw, facts)
     (out / "config.json").write_text(json.dumps(new_config, indent=2) + "\n")
+
+
+def _short(plan: Plan, facts: Mapping[str, object]) -> dict[str, object]:
+    """What a shard says of itself when it is found alone; config.json has the rest."""
+    keys = ("version", "base_model", "base_fingerprint", "calibration_digest")
+    return {"policy": plan.policy, **{key: facts[key] for key in keys if key in facts}}
 
 
 def new_infos(
@@ -167,23 +183,42 @@ def _with_scales(names: Iterable[str], infos: Mapping[str, TensorInfo]) -> Itera
                 yield scale
 
 
-def _link_components(source: Path, out: Path) -> None:
-    """Everything but the transformer, as it is. Hidden files and the source's card stay behind."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        is_hidden = any(part.startswith((".", "__")) for part in relative.parts)
-        if relative.parts[0] == "transformer" or is_hidden or path.is_dir():
+def _bring_components(source: Path, out: Path) -> None:
+    """Everything but the transformer, as it is: weights hard-linked, small files copied.
+
+    A copy of a configuration may be edited without changing the source; weights never are.
+    """
+    for name in ROOT_FILES:
+        if (source / name).is_file():
+            _copy(source / name, out / name)
+    for part in COMPONENTS:
+        if part == "transformer":
             continue
-        if path.suffix not in (".json", ".safetensors", ".txt", ".jinja") and path.name != "NOTICE":
-            continue
-        target = out / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(path.resolve(), target)
+        folder = (source / part).resolve()
+        for path in sorted(folder.rglob("*")):
+            if path.suffix not in COMPONENT_SUFFIXES or not path.is_file():
+                continue
+            target = out / part / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors":
+                link_or_copy(path.resolve(), target)
+            else:
+                _copy(path, target)
+
+
+def component_bytes(source: Path) -> int:
+    """What the components weigh where they cannot be hard-linked."""
+    parts = (source / part for part in COMPONENTS if part != "transformer")
+    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-        os.chmod(target, 0o644)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    os.chmod(target, 0o644)

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from zimage_fp8.numerics import dequantize
 
-K_N_MULTIPLE = 16  # what FP8 tensor cores ask of both dimensions of a weight
-
 
 def scaled_mm_reference(
     q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype

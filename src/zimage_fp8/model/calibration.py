@@ -9,10 +9,10 @@ import torch
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import fused_name, linear_shapes
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import MAX_STEPS, ImageRequest, Pipeline
 from zimage_fp8.model.sampling import calibration_schedule, denoise
 from zimage_fp8.provenance import versions
-from zimage_fp8.quant.calibrate import Calibration, observe
+from zimage_fp8.quant.calibrate import Calibration, check_amax, observe
 from zimage_fp8.quant.policy import PRESETS, resolve
 
 FORWARDS = 9  # the eight sigmas that are served, and one forward at sigma 0
@@ -50,6 +50,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def check_forwards(forwards: int) -> None:
+    if not 2 <= forwards <= MAX_STEPS:
+        raise UsageError(
+            f"steps is {forwards}, calibration takes 2 to {MAX_STEPS} (the last is at sigma 0)",
+            param="steps",
+        )
+
+
 def run_calibration(
     pipeline: Pipeline,
     folder: Path,
@@ -62,11 +70,7 @@ def run_calibration(
     `folder` is the pipeline's own, for the fingerprint. Raises UsageError for settings that cannot
     be drawn.
     """
-    if settings.forwards < 2:
-        raise UsageError(
-            f"steps is {settings.forwards}, calibration needs at least 2 (the last is at sigma 0)",
-            param="steps",
-        )
+    check_forwards(settings.forwards)
     sigmas = calibration_schedule(settings.forwards, pipeline.shift)
     requests = [
         ImageRequest(prompt, settings.width, settings.height, seed=settings.seed + index)
@@ -84,6 +88,8 @@ def run_calibration(
                     on_forward(before + done, len(requests) * settings.forwards)
 
             denoise(pipeline.velocity(request), pipeline.draw_latent(request), sigmas, on_step)
+    amax = observer.result()
+    check_amax(amax)
     with ShardReader(folder / "transformer") as reader:
         fingerprint = reader.fingerprint()
     return Calibration(
@@ -97,7 +103,7 @@ def run_calibration(
         guidance=0.0,
         dtype=str(pipeline.dtype).removeprefix("torch."),
         versions=versions(),
-        amax=observer.result(),
+        amax=amax,
     )
 
 

@@ -1,14 +1,17 @@
 """From a model's name to a pipeline that runs under a policy, calibrating when it must."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY
 from zimage_fp8.checkpoint.shards import ShardReader
-from zimage_fp8.errors import ModelError, UsageError
-from zimage_fp8.layout import read_config
+from zimage_fp8.errors import ModelError, UsageError, ZImageError
+from zimage_fp8.layout import linear_shapes, read_config
 from zimage_fp8.model.calibration import CalibrationSettings, OnForward, run_calibration
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.source import display_name, find_model
@@ -16,7 +19,9 @@ from zimage_fp8.model.text import TextEncoder
 from zimage_fp8.model.vae import Decoder
 from zimage_fp8.model.weights import load_transformer
 from zimage_fp8.quant.calibrate import Calibration
-from zimage_fp8.quant.policy import Policy, find_policy
+from zimage_fp8.quant.policy import PRESETS, Policy, find_policy, resolve
+
+T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -41,7 +46,13 @@ def load_pipeline(
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}", param="dtype")
     chosen = find_policy(policy) if policy else None
     folder, where = find_model(model), _device(device)
-    if chosen and chosen.is_static and calibration is None and not is_quantized(folder):
+    must_calibrate = bool(chosen and chosen.is_static and not is_quantized(folder))
+    if calibration is not None and not must_calibrate:
+        raise UsageError(
+            "a calibration has no effect here: it serves a static policy on a BF16 model",
+            param="calibration",
+        )
+    if must_calibrate and calibration is None:
         base = _assemble(model, folder, None, None, dtype, where)
         settings = CalibrationSettings.default(folder, base.default_size)
         calibration = run_calibration(base, folder, settings, on_calibration)
@@ -59,10 +70,11 @@ def is_quantized(folder: Path) -> bool:
 
 def check_calibration(calibration: Calibration, folder: Path) -> None:
     """Raise ModelError when a calibration was measured on other weights than `folder`'s."""
-    if is_quantized(folder):
-        return
+    config, _ = read_config(folder / "transformer")
+    needed = set(resolve(PRESETS["full"], linear_shapes(config)).quantized)
     with ShardReader(folder / "transformer") as reader:
-        if reader.fingerprint() != calibration.fingerprint:
+        is_same = reader.fingerprint() == calibration.fingerprint
+        if not is_same or set(calibration.amax) != needed:
             raise ModelError(
                 f"the calibration was measured on another model ({calibration.model}); its weights "
                 f"differ from those in {folder}",
@@ -85,15 +97,29 @@ def _assemble(
         dtype=DTYPES[dtype],
         device=device,
     )
+    digest = calibration.digest if calibration else None
     return Pipeline(
         display_name(model),
         loaded.model,
-        TextEncoder(folder, DTYPES[dtype], device),
-        Decoder(folder, DTYPES[dtype], device),
+        _opened("text encoder", lambda: TextEncoder(folder, DTYPES[dtype], device)),
+        _opened("VAE", lambda: Decoder(folder, DTYPES[dtype], device)),
         plan=loaded.plan,
         shift=read_shift(folder),
-        stored=loaded.stored,
+        calibration_digest=loaded.stored.facts.get("calibration_digest")
+        if loaded.stored
+        else digest,
     )
+
+
+def _opened(what: str, load: Callable[[], T]) -> T:
+    """What `load` returns; a damaged file becomes one sentence."""
+    try:
+        return load()
+    except ZImageError:
+        raise
+    except Exception as error:  # three libraries, each with errors of its own
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"the {what} cannot be loaded: {reason}", hint="copy it again") from error
 
 
 def read_shift(folder: Path) -> float:
@@ -103,6 +129,8 @@ def read_shift(folder: Path) -> float:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("shift", 1.0), (int, float)):
+        raise ModelError(f"{path} is not a scheduler's configuration with a number as its shift")
     if raw.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
         raise ModelError(f"{path}: {raw.get('_class_name')} is not supported, FlowMatch Euler is")
     if raw.get("use_dynamic_shifting"):
@@ -113,10 +141,9 @@ def read_shift(folder: Path) -> float:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name!r}: expected cpu, cuda or cuda:N", param="device") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"device {name!r}: expected cpu, cuda or cuda:N", param="device")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device cuda: this machine or this PyTorch has no CUDA",

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimage_fp8.checkpoint.dialects import StoredQuantization
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import PATCH
 from zimage_fp8.model.sampling import (
@@ -68,6 +67,40 @@ class Previews:
     show: Callable[[np.ndarray], None]
 
 
+def check_values(request: ImageRequest) -> None:
+    """Raise UsageError, naming the field, for what no model could draw."""
+    if not request.prompt.strip():
+        raise UsageError("the prompt is empty; describe a picture", param="prompt")
+    for text, param in ((request.prompt, "prompt"), (request.negative_prompt, "negative_prompt")):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"the {param} is not valid Unicode", param=param)
+    _check_size(request.width, request.height)
+    if not 1 <= request.steps <= MAX_STEPS:
+        raise UsageError(
+            f"steps is {request.steps}, expected 1 to {MAX_STEPS}; Turbo is made for 8",
+            param="steps",
+        )
+    if not 0 <= request.guidance <= MAX_GUIDANCE:
+        raise UsageError(
+            f"guidance is {request.guidance}, expected 0 (off) to {MAX_GUIDANCE:g}",
+            param="guidance",
+        )
+    if not 0 <= request.seed < 2**63:
+        raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise UsageError(f"size {width}x{height}: both sides must be positive", param="size")
+    if width % SIZE_MULTIPLE or height % SIZE_MULTIPLE:
+        nearest = (max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in (width, height))
+        raise UsageError(
+            f"size {width}x{height}: both sides must be multiples of {SIZE_MULTIPLE}; "
+            f"the nearest is {'x'.join(map(str, nearest))}",
+            param="size",
+        )
+
+
 class Pipeline:
     """A loaded model. Not thread-safe: one thread draws."""
 
@@ -80,7 +113,7 @@ class Pipeline:
         *,
         plan: Plan,
         shift: float,
-        stored: StoredQuantization | None = None,
+        calibration_digest: object = None,
     ) -> None:
         self.model = model
         self.transformer = transformer
@@ -88,7 +121,7 @@ class Pipeline:
         self.decoder = decoder
         self.plan = plan
         self.shift = shift
-        self.stored = stored
+        self.calibration_digest = calibration_digest
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
         sample = int(getattr(decoder.vae.config, "sample_size", 1024))
@@ -100,46 +133,18 @@ class Pipeline:
 
     def validate(self, request: ImageRequest) -> None:
         """Raise UsageError, naming the field, when the request cannot be drawn."""
-        if not request.prompt.strip():
-            raise UsageError("the prompt is empty; describe a picture", param="prompt")
+        check_values(request)
         self.text.tokens(request.prompt)
         self.text.tokens(request.negative_prompt)
-        self._validate_size(request)
-        if not 1 <= request.steps <= MAX_STEPS:
-            raise UsageError(
-                f"steps is {request.steps}, expected 1 to {MAX_STEPS}; Turbo is made for 8",
-                param="steps",
-            )
-        if not 0 <= request.guidance <= MAX_GUIDANCE:
-            raise UsageError(
-                f"guidance is {request.guidance}, expected 0 (off) to {MAX_GUIDANCE:g}",
-                param="guidance",
-            )
-        if not 0 <= request.seed < 2**63:
-            raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
+        _, rows, columns = self.transformer.config.axes_lens
+        limit = min(rows, columns) * 8 * PATCH
+        if max(request.width, request.height) > limit:
+            size = f"{request.width}x{request.height}"
+            raise UsageError(f"size {size}: this model draws at most {limit} a side", param="size")
 
     def num_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, chat template included. Raises UsageError when it is too long."""
         return len(self.text.tokens(prompt))
-
-    def _validate_size(self, request: ImageRequest) -> None:
-        size = f"{request.width}x{request.height}"
-        if request.width < 1 or request.height < 1:
-            raise UsageError(f"size {size}: both sides must be positive", param="size")
-        if request.width % SIZE_MULTIPLE or request.height % SIZE_MULTIPLE:
-            nearest = (
-                max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
-                for side in (request.width, request.height)
-            )
-            raise UsageError(
-                f"size {size}: both sides must be multiples of {SIZE_MULTIPLE}; "
-                f"the nearest is {'x'.join(map(str, nearest))}",
-                param="size",
-            )
-        _, rows, columns = self.transformer.config.axes_lens
-        limit = min(rows, columns) * 8 * PATCH
-        if max(request.width, request.height) > limit:
-            raise UsageError(f"size {size}: this model draws at most {limit} a side", param="size")
 
     @torch.inference_mode()
     def generate(
@@ -229,7 +234,7 @@ class Pipeline:
             "device": _device_name(self.device),
             "attention": "torch scaled_dot_product_attention",
             "gemm": "torch _scaled_mm (E4M3) and linear" if quantized else "torch linear",
-            "calibration": self.stored.facts.get("calibration_digest") if self.stored else None,
+            "calibration": self.calibration_digest,
             "versions": versions(),
             "commit": commit(),
         }

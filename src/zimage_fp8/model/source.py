@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_fp8.errors import ModelError
+from zimage_fp8.layout import COMPONENTS
 
 EMBEDDED = "nano"
 NANO_FOLDER = Path(__file__).resolve().parent.parent / "nano"
-COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
 # Weights as safetensors only: nothing that is unpickled or executed is ever fetched.
 HUB_FILES: Sequence[str] = (
@@ -74,9 +74,10 @@ def check_pipeline_folder(folder: Path) -> None:
             hint="give the folder that holds transformer/, vae/, text_encoder/ and tokenizer/",
         )
     try:
-        found = json.loads(index.read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{index} is not valid JSON") from None
+        raw = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{index} cannot be read as JSON: {error}") from None
+    found = raw.get("_class_name") if isinstance(raw, dict) else f"JSON {type(raw).__name__}"
     if found != "ZImagePipeline":
         raise ModelError(f"{folder} is a {found}, expected a ZImagePipeline")
     if missing := [name for name in COMPONENTS if not (folder / name).is_dir()]:

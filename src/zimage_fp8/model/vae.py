@@ -12,9 +12,10 @@ class Decoder:
     """Latents in, 8-bit pixels out."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        vae = AutoencoderKL.from_pretrained(folder / "vae")
+        # `dtype` is this argument's name from diffusers 0.42 on, which still takes the old one.
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
         vae.encoder = None  # text to image never encodes; half the memory
-        self.vae = vae.to(device, dtype).eval()
+        self.vae = vae.to(device).eval()
         self.scaling = float(vae.config.scaling_factor)
         self.shift = float(vae.config.shift_factor or 0.0)
 

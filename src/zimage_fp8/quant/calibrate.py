@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 
 import torch
@@ -51,11 +52,14 @@ class Calibration:
         return scale_of(torch.tensor(max(self.amax[layer]), dtype=torch.float32), spec.format)
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        raw = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps(raw, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    path.write_text(calibration.to_json())
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(calibration.to_json())
+    partial.replace(path)
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -64,16 +68,33 @@ def read_calibration(path: Path) -> Calibration:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ZImageError(f"calibration file {path} does not exist") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ZImageError(f"calibration file {path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
         raise ZImageError(f"calibration file {path} is not a calibration of schema {SCHEMA}")
     try:
         raw["amax"] = {name: tuple(values) for name, values in raw["amax"].items()}
         raw["prompts"], raw["sigmas"] = tuple(raw["prompts"]), tuple(raw["sigmas"])
-        return Calibration(**raw)
+        calibration = Calibration(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise ZImageError(f"calibration file {path} lacks a field: {error}") from None
+    check_amax(calibration.amax)
+    return calibration
+
+
+def check_amax(amax: Mapping[str, Sequence[float]]) -> None:
+    """Raise ZImageError, naming the first layers, when a maximum is no finite number >= 0."""
+    bad = [
+        layer
+        for layer, values in amax.items()
+        if not values or not all(isinstance(v, (int, float)) and 0 <= v < inf for v in values)
+    ]
+    if bad:
+        raise ZImageError(
+            f"the calibration saw NaN, infinity or nothing in {len(bad)} layers: "
+            f"{', '.join(bad[:3])}",
+            hint="calibrate again, perhaps with --dtype float32",
+        )
 
 
 @dataclass

@@ -242,7 +242,7 @@ def read_policy_file(path: Path) -> Policy:
         parsed = _PolicyFile.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError:
         raise ZImageError(f"policy file {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ZImageError(f"policy file {path} is not valid TOML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
