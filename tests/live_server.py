@@ -3,12 +3,12 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
-from zimage_fp8.serve.server import bind
+from zimage_fp8.serve.server import Server, bind
 
 
 class Live:
@@ -18,7 +18,7 @@ class Live:
         listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+        self._server = Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -41,3 +41,10 @@ def live(app: FastAPI) -> Iterator[Live]:
         yield server
     finally:
         server.stop()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
 
 from fake_engine import FakeEngine
-from live_server import Live, live
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest
+from live_server import Live, live, wait_until
+from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
 from zimage_fp8.serve import ServeOptions, build_app
 
 PATH = "/v1/images/generations"
@@ -69,7 +70,9 @@ def test_the_cards_curl_line_is_answered(client: httpx2.Client) -> None:
     answer = response.json()
     assert picture_of(answer["data"][0]).size == (1024, 512)
     assert (answer["size"], answer["output_format"], answer["warnings"]) == ("1024x512", "png", [])
-    assert answer["usage"]["output_tokens"] == 1024 * 512 // 256
+    usage = answer["usage"]
+    assert usage["output_tokens"] == 1024 * 512 // 256
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert abs(answer["created"] - time.time()) < 60
 
 
@@ -108,8 +111,10 @@ def test_null_means_absent(client: httpx2.Client) -> None:
 
 def test_what_is_not_honoured_is_listed(client: httpx2.Client) -> None:
     body = {"prompt": "x", "quality": "high", "style": "vivid", "background": "auto", "user": "me"}
-    warnings = client.post(PATH, json=body).json()["warnings"]
-    assert [warning.split()[0] for warning in warnings] == ["quality", "style", "user"]
+    answer = client.post(PATH, json={**body, "safety_identifier": "u1"}).json()
+    assert answer["warnings"] == ["style is not supported and was ignored"]
+    assert (answer["quality"], answer["safety_identifier"]) == ("high", "u1")
+    assert answer["zimage_fp8"]["steps"] == 12  # quality is honoured
 
 
 def test_a_negative_prompt_without_guidance_is_called_useless(client: httpx2.Client) -> None:
@@ -137,9 +142,27 @@ BAD_BODIES: dict[str, tuple[object, str | None]] = {
     "huge seed": ({"prompt": "x", "seed": 2**60}, "seed"),
     "no steps": ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps"),
     "steps is a word": ({"prompt": "x", "num_inference_steps": "few"}, "num_inference_steps"),
-    "url asked for": ({"prompt": "x", "response_format": "url"}, "response_format"),
+    "file asked for": ({"prompt": "x", "response_format": "file"}, "response_format"),
+    "url in a stream": (
+        {"prompt": "x", "response_format": "url", "stream": True},
+        "response_format",
+    ),
     "gif asked for": ({"prompt": "x", "output_format": "gif"}, "output_format"),
-    "stream asked for": ({"prompt": "x", "stream": True}, "stream"),
+    "stream is a word": ({"prompt": "x", "stream": "often"}, "stream"),
+    "too many previews": ({"prompt": "x", "stream": True, "partial_images": 4}, "partial_images"),
+    "unknown quality": ({"prompt": "x", "quality": "best"}, "quality"),
+    "compression above 100": ({"prompt": "x", "output_compression": 101}, "output_compression"),
+    "vector graphics": ({"prompt": "x", "svg": {"model": "m"}}, "svg"),
+    "width without height": ({"prompt": "x", "width": 64}, "height"),
+    "two sizes": ({"prompt": "x", "width": 64, "height": 64, "size": "32x32"}, "width"),
+    "two step counts": (
+        {"prompt": "x", "steps": 4, "num_inference_steps": 8},
+        "num_inference_steps",
+    ),
+    "two guidances": ({"prompt": "x", "cfg_scale": 2, "guidance_scale": 2}, "cfg_scale"),
+    "half a cfg scale": ({"prompt": "x", "cfg_scale": 0.5}, "cfg_scale"),
+    "more steps than allowed": ({"prompt": "x", "steps": 101}, "num_inference_steps"),
+    "more pixels than allowed": ({"prompt": "x", "size": "4096x2048"}, "size"),
     "transparency": ({"prompt": "x", "background": "transparent"}, "background"),
 }
 
@@ -190,6 +213,7 @@ def test_a_model_name_may_hold_a_slash() -> None:
 
 def test_health_and_version(client: httpx2.Client) -> None:
     assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready"}
     assert client.get("/version").json()["policy"] == "bf16_base"
 
 
@@ -212,6 +236,21 @@ def test_a_crash_is_an_answer_without_a_stack_trace(
     assert response.headers["x-request-id"]
     engine.failure = None
     assert own_client.post(PATH, json={"prompt": "x"}).status_code == 200
+
+
+def test_what_can_never_fit_is_not_worth_a_retry(
+    own_client: httpx2.Client, engine: FakeEngine
+) -> None:
+    engine.failure = torch.OutOfMemoryError("tried to allocate")
+    response = own_client.post(PATH, json={"prompt": "x"})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "out_of_memory"
+    assert response.headers["x-should-retry"] == "false"
+
+
+def test_a_field_of_openais_that_we_lack_has_its_own_code(client: httpx2.Client) -> None:
+    error = client.post(PATH, json={"prompt": "x", "frame_count": 2}).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "frame_count")
 
 
 def test_metadata_can_be_left_out(engine: FakeEngine) -> None:
@@ -267,13 +306,16 @@ class FailsAtFirst(FakeEngine):
     has_failed = False
 
     def generate(
-        self, request: ImageRequest, on_step: Callable[[int, int], None] | None = None
+        self,
+        request: ImageRequest,
+        on_step: Callable[[int, int], None] | None = None,
+        previews: Previews | None = None,
     ) -> GeneratedImage:
         if not self.has_failed:
             self.has_failed = True
             self.gate.clear()
             raise MemoryError
-        return super().generate(request, on_step)
+        return super().generate(request, on_step, previews)
 
 
 def test_when_one_of_n_pictures_fails_the_others_are_not_drawn() -> None:
@@ -285,13 +327,23 @@ def test_when_one_of_n_pictures_fails_the_others_are_not_drawn() -> None:
     assert engine.steps_run <= 1 + 8
 
 
-def test_shutdown_finishes_what_was_accepted(engine: FakeEngine) -> None:
+def test_shutdown_finishes_what_was_begun_and_refuses_what_was_queued(engine: FakeEngine) -> None:
     engine.gate.clear()
+
+    def post(n: int) -> httpx2.Response:
+        body = {"prompt": "x", "n": n}
+        return httpx2.post(f"{server.url}{PATH}", json=body, timeout=30, trust_env=False)
+
     with live(build_app(engine)) as server, ThreadPoolExecutor() as pool:
-        post = pool.submit(
-            httpx2.post, f"{server.url}{PATH}", json={"prompt": "x"}, timeout=30, trust_env=False
-        )
+        begun = pool.submit(post, 2)
         assert engine.started.acquire(timeout=10)
+        queued = pool.submit(post, 1)
+        metrics = f"{server.url}/metrics"
+        wait_until(lambda: "queue_depth 2.0" in httpx2.get(metrics, trust_env=False).text)
         server.begin_stop()
+        refused = queued.result(20)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert int(refused.headers["retry-after"]) > 0
         engine.gate.set()
-        assert post.result(20).status_code == 200
+        assert len(begun.result(20).json()["data"]) == 2

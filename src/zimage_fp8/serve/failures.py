@@ -8,16 +8,20 @@ import http
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from zimage_fp8.errors import UsageError, ZImageError
-from zimage_fp8.protocol import ApiError, ErrorAnswer
-from zimage_fp8.serve.jobs import JobCancelled, QueueClosed, QueueFull
+from zimage_fp8.protocol import ApiError, ErrorAnswer, UnsupportedField
+from zimage_fp8.serve.jobs import JobCancelled, Overloaded, QueueClosed, TooSlow
 
 # The engine's own names of what the wire calls otherwise.
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+
+# OpenAI's client would otherwise send twice more what failed for a lasting reason.
+DO_NOT_RETRY = {"x-should-retry": "false"}
 
 CLIENT_GONE = 499  # nginx's number for a client that closed the connection
 
@@ -38,10 +42,28 @@ INTERNAL = Failure(
 )
 
 
+def error_answer(error: Exception) -> tuple[Failure, ErrorAnswer]:
+    """The row for `error`, and the envelope that says it. Unknown errors are INTERNAL."""
+    kinds = (kind for kind in type(error).__mro__ if kind in FAILURES)
+    kind = next(kinds, None)
+    failure = FAILURES[kind](error) if kind else INTERNAL
+    message = failure.message or _sentence(error)
+    param = error.param if isinstance(error, UsageError) else None
+    return failure, _envelope(failure, message, WIRE_NAMES.get(param or "", param))
+
+
 def answer(failure: Failure, message: str, param: str | None = None) -> Response:
+    return _response(failure, _envelope(failure, message, param))
+
+
+def _envelope(failure: Failure, message: str, param: str | None) -> ErrorAnswer:
     error = ApiError(message=message, type=failure.type, param=param, code=failure.code)
+    return ErrorAnswer(error=error)
+
+
+def _response(failure: Failure, body: ErrorAnswer) -> Response:
     return Response(
-        ErrorAnswer(error=error).model_dump_json(),
+        body.model_dump_json(),
         failure.status,
         dict(failure.headers),
         media_type="application/json",
@@ -50,26 +72,17 @@ def answer(failure: Failure, message: str, param: str | None = None) -> Response
 
 def answer_failures(app: FastAPI) -> None:
     """Install the table: every exception a route raises becomes an answer in OpenAI's shape."""
-    for kind, describe in FAILURES.items():
-        app.add_exception_handler(kind, _handler(describe))
+    for kind in FAILURES:
+        app.add_exception_handler(kind, _handle)
 
 
-def _handler(describe: "Describe") -> Callable[[Request, Exception], Response]:
-    def handle(request: Request, error: Exception) -> Response:
-        failure = describe(error)
-        message = failure.message or _sentence(error)
-        param = error.param if isinstance(error, UsageError) else None
-        return answer(failure, message, WIRE_NAMES.get(param or "", param))
-
-    return handle
+def _handle(request: Request, error: Exception) -> Response:
+    return _response(*error_answer(error))
 
 
 def _sentence(error: Exception) -> str:
     hint = getattr(error, "hint", None)
     return f"{error} (hint: {hint})" if hint else str(error)
-
-
-Describe = Callable[[Exception], Failure]
 
 
 def _http(error: Exception) -> Failure:
@@ -84,20 +97,33 @@ def _http(error: Exception) -> Failure:
     )
 
 
-def _queue_full(error: Exception) -> Failure:
-    assert isinstance(error, QueueFull)
-    headers = {"retry-after": str(error.retry_after_s)}
-    return Failure(429, "rate_limit_error", "queue_full", headers=headers)
+def _overloaded(error: Exception) -> Failure:
+    assert isinstance(error, Overloaded)
+    seconds = error.retry_after_s
+    return Failure(
+        429,
+        "rate_limit_error",
+        "deadline_too_short" if isinstance(error, TooSlow) else "queue_full",
+        headers={"retry-after": str(seconds)} if seconds else DO_NOT_RETRY,
+    )
 
 
-FAILURES: dict[type[Exception], Describe] = {
+FAILURES: dict[type[Exception], Callable[[Exception], Failure]] = {
+    UnsupportedField: lambda _: Failure(400, "invalid_request_error", "unsupported_parameter"),
     UsageError: lambda _: Failure(400, "invalid_request_error", "invalid_value"),
     ZImageError: lambda _: Failure(500, "server_error", "generation_failed"),
     HTTPException: _http,
-    QueueFull: _queue_full,
+    Overloaded: _overloaded,
     QueueClosed: lambda _: Failure(
         503, "server_error", "shutting_down", "the server is shutting down", {"retry-after": "5"}
     ),
     JobCancelled: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
     ClientDisconnect: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
+    torch.OutOfMemoryError: lambda _: Failure(
+        500,
+        "server_error",
+        "out_of_memory",
+        "the GPU's memory is too small for this picture; ask for a smaller size",
+        DO_NOT_RETRY,
+    ),
 }

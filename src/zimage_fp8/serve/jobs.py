@@ -2,18 +2,20 @@
 
 Whatever happens to a job, its future is completed: with the picture, or with the exception that
 stopped it. A job is cancelled before it starts or at its next step boundary, so that a client who
-left costs at most one step. `close` finishes what was accepted and ends the thread.
+left costs at most one step. `drain` refuses what has not begun, `close` finishes the rest and ends
+the thread.
 """
 
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest
+from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
+from zimage_fp8.serve.pace import Pace, work_of
 
 # OpenAI's client waits for retry-after up to 120 s and does not retry at all beyond it.
 MAX_RETRY_AFTER_S = 120
@@ -33,8 +35,13 @@ class Engine(Protocol):
 
     def validate(self, request: ImageRequest) -> None: ...
 
+    def num_tokens(self, prompt: str) -> int: ...
+
     def generate(
-        self, request: ImageRequest, on_step: Callable[[int, int], None] | None = None
+        self,
+        request: ImageRequest,
+        on_step: Callable[[int, int], None] | None = None,
+        previews: Previews | None = None,
     ) -> GeneratedImage: ...
 
     def describe(self) -> dict[str, object]: ...
@@ -44,12 +51,23 @@ class JobCancelled(Exception):
     """Raised inside `generate`, at a step boundary, when nobody waits for the picture any more."""
 
 
-class QueueFull(Exception):
-    """No room. `retry_after_s` estimates when there will be some."""
+class Overloaded(Exception):
+    """Too much to do. `retry_after_s` estimates when it is worth asking again; None is never."""
 
-    def __init__(self, waiting: int, retry_after_s: int) -> None:
-        super().__init__(f"{waiting} pictures are waiting already; try again in {retry_after_s} s")
-        self.retry_after_s = retry_after_s
+    def __init__(self, message: str, wait_s: float | None) -> None:
+        self.retry_after_s: int | None = None
+        if wait_s is not None:
+            self.retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
+            message = f"{message}; try again in {self.retry_after_s} s"
+        super().__init__(message)
+
+
+class QueueFull(Overloaded):
+    """No room."""
+
+
+class TooSlow(Overloaded):
+    """There is room, but the client would have given up before its pictures are drawn."""
 
 
 class QueueClosed(Exception):
@@ -59,10 +77,13 @@ class QueueClosed(Exception):
 class Job:
     """One picture to draw. `queued_s` is its wait in the queue, known once it runs."""
 
-    def __init__(self, request: ImageRequest) -> None:
+    def __init__(self, request: ImageRequest, previews: Previews | None = None) -> None:
         self.request = request
+        self.previews = previews
         self.future: Future[GeneratedImage] = Future()
         self.queued_s = 0.0
+        self.work = work_of(request)
+        self.order: object = None  # what the jobs of one request share
         self._submitted = time.perf_counter()
         self._unwanted = threading.Event()
 
@@ -74,18 +95,21 @@ class Job:
         """Nobody waits for this picture any more. No effect on a finished job."""
         self._unwanted.set()
 
-    def run(self, engine: Engine) -> bool:
-        """Complete the future. True when it holds a picture."""
+    def run(self, engine: Engine, pace: Pace) -> None:
+        """Complete the future, after `pace` has learnt how long that took."""
         if not self.future.set_running_or_notify_cancel():
-            return False
-        self.queued_s = time.perf_counter() - self._submitted
+            return
+        started = time.perf_counter()
+        self.queued_s = started - self._submitted
+        pace.begin(started)
         try:
             self._stop_if_unwanted(0, self.request.steps)
-            self.future.set_result(engine.generate(self.request, on_step=self._stop_if_unwanted))
+            image = engine.generate(self.request, self._stop_if_unwanted, self.previews)
         except BaseException as error:  # noqa: BLE001  the waiting client must hear of all of them
             self.future.set_exception(error)
-            return False
-        return True
+            return
+        pace.learn(self, time.perf_counter() - started)
+        self.future.set_result(image)
 
     def _stop_if_unwanted(self, done: int, total: int) -> None:
         if self.is_unwanted:
@@ -98,31 +122,65 @@ class JobQueue:
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine = engine
         self.max_waiting = max_waiting
+        self.pace = Pace()
         self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._begun = object()  # the order of the last job that began
         self._closed = False
         self._changed = threading.Condition()
-        self._seconds_per_job = 1.0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def num_waiting(self) -> int:
+        with self._changed:
+            return len(self._wanted())
+
+    @property
+    def num_running(self) -> int:
+        return int(self._running is not None)
+
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, requests: Iterable[ImageRequest]) -> Sequence[Job]:
-        """Queue all requests or none. Raises QueueFull or QueueClosed."""
-        jobs = [Job(request) for request in requests]
+    def submit(self, jobs: Sequence[Job], patience_s: float | None = None) -> None:
+        """Queue all jobs of one request or none.
+
+        patience_s: how long the client waits for all of them. Raises QueueFull, TooSlow, or
+        QueueClosed.
+        """
         with self._changed:
             if self._closed:
                 raise QueueClosed
-            num_waiting = sum(not job.is_unwanted for job in self._waiting)
-            if num_waiting >= self.max_waiting:
-                raise QueueFull(num_waiting, self._retry_after_s())
+            waiting = self._wanted()
+            if len(waiting) >= self.max_waiting:
+                until_next = self.pace.estimate_s([], self._running)
+                raise QueueFull(f"{len(waiting)} pictures are waiting already", until_next)
+            if patience_s is not None:
+                self._refuse_if_too_slow(jobs, waiting, patience_s)
+            order = object()
+            for job in jobs:
+                job.order = order
             self._waiting.extend(jobs)
             self._changed.notify()
-        return jobs
+
+    def drain(self) -> None:
+        """Take nothing new, and refuse every request of which no picture has begun."""
+        with self._changed:
+            self._closed = True
+            refused = [job for job in self._waiting if job.order is not self._begun]
+            self._waiting = deque(job for job in self._waiting if job.order is self._begun)
+            self._changed.notify()
+        for job in refused:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(QueueClosed())
 
     def close(self) -> None:
         """Finish what was accepted, then end the thread."""
@@ -131,17 +189,31 @@ class JobQueue:
             self._changed.notify()
         self._thread.join()
 
+    def _wanted(self) -> list[Job]:
+        return [job for job in self._waiting if not job.is_unwanted]
+
+    def _refuse_if_too_slow(
+        self, jobs: Sequence[Job], waiting: Sequence[Job], patience_s: float
+    ) -> None:
+        alone_s = self.pace.estimate_s(jobs)
+        in_all_s = self.pace.estimate_s([*waiting, *jobs], self._running)
+        if in_all_s > patience_s:
+            is_hopeless = alone_s > patience_s  # even an idle server would be too slow
+            raise TooSlow(
+                f"this would take about {in_all_s:.1f} s, and the client waits {patience_s:g} s",
+                None if is_hopeless else in_all_s - patience_s,
+            )
+
     def _work(self) -> None:
         while job := self._next_job():
-            started = time.perf_counter()
-            if job.run(self.engine):
-                self._seconds_per_job = time.perf_counter() - started
+            job.run(self.engine, self.pace)
+            self._running = None
 
     def _next_job(self) -> Job | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            return self._waiting.popleft() if self._waiting else None
-
-    def _retry_after_s(self) -> int:
-        """When one place will be free, judging by the last job."""
-        return min(MAX_RETRY_AFTER_S, math.ceil(self._seconds_per_job))
+            if not self._waiting:
+                return None
+            job = self._waiting.popleft()
+            self._running, self._begun = job, job.order
+            return job

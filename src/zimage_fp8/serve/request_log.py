@@ -3,6 +3,7 @@
 import logging
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +13,9 @@ from zimage_fp8.serve.failures import INTERNAL, answer
 log = logging.getLogger(__name__)
 
 MAX_ID_LENGTH = 128
-PROBED = ("/health",)  # asked every second by somebody; not worth a log line
+PROBED = ("/health", "/ready", "/metrics")  # asked every second by somebody; not worth a line
+
+OnAnswer = Callable[[str, int, float], None]  # (path, status, seconds)
 
 
 class RequestLog:
@@ -22,8 +25,9 @@ class RequestLog:
     which would hide the client's disconnect from the routes.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
         self.app = app
+        self.on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,6 +52,7 @@ class RequestLog:
             log.exception("request %s failed", request_id)
             if status == 0:
                 await answer(INTERNAL, str(INTERNAL.message))(scope, receive, send_with_headers)
+        self.on_answer(scope["path"], status, time.perf_counter() - started)
         log.log(
             logging.DEBUG if scope["path"] in PROBED else logging.INFO,
             "%s %s %d %d ms %s",

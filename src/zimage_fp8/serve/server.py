@@ -4,6 +4,8 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import uvicorn
@@ -19,9 +21,12 @@ from zimage_fp8.serve.quantization_config import choose_policy, resolve
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 def serve(
     model: str,
+    options: ServeOptions | None = None,
     *,
     policy: str | None = None,
     quantization_config: str | None = None,
@@ -31,12 +36,9 @@ def serve(
     device: str | None = None,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
-    served_model_name: str | None = None,
     omni: bool = False,
-    embed_metadata: bool = True,
-    log_prompts: bool = False,
 ) -> None:
-    """Serve `model` over HTTP until SIGINT or SIGTERM, then finish what was accepted.
+    """Serve `model` over HTTP until SIGINT or SIGTERM, then finish what was begun.
 
     Options are vLLM-Omni's where it has them; `omni`, its switch for serving pictures at all, is
     accepted and changes nothing. Everything that can be wrong cheaply (options, port) is checked
@@ -45,14 +47,32 @@ def serve(
     _log_to_stderr()
     _refuse_tensor_parallel(tensor_parallel_size)
     chosen = _choose_policy(model, policy, quantization_config)
-    options = ServeOptions(
-        names=(served_model_name or model,), embed_metadata=embed_metadata, log_prompts=log_prompts
-    )
+    options = options or ServeOptions(names=(model,))
     with contextlib.closing(bind(host, port)) as listener:
         limit_gpu_memory(gpu_memory_utilization, device)
         pipeline = load_pipeline(model, policy=chosen, dtype=dtype, device=device)
         _announce(pipeline, listener)
+        _warn_if_open(host, options)
         _run(pipeline, options, listener)
+
+
+def api_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """The keys of both sources, blank lines and `#` lines of the file left out.
+
+    Raises UsageError for an empty key, and when the file cannot be read or holds none.
+    """
+    if not all(key.strip() for key in given):
+        raise UsageError("--api-key is empty", param="api_key")
+    if file is None:
+        return tuple(given)
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}", param="api_key_file") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UsageError(f"{file} holds no API key", param="api_key_file")
+    return (*given, *found)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -126,6 +146,19 @@ def _announce(engine: Engine, listener: socket.socket) -> None:
     log.info("serving at http://%s:%d (%s)", f"[{host}]" if ":" in host else host, port, facts)
 
 
+class Server(uvicorn.Server):  # type: ignore[misc]  # mypy skips uvicorn
+    """uvicorn, which waits for open requests, around an app that first refuses the queued ones."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.drain()
+        await super().shutdown(sockets)
+
+
+def _warn_if_open(host: str, options: ServeOptions) -> None:
+    if not options.api_keys and host not in LOOPBACK:
+        log.warning("whoever reaches %s may draw: there is no --api-key", host)
+
+
 def _run(engine: Engine, options: ServeOptions, listener: socket.socket) -> None:
     config = uvicorn.Config(
         build_app(engine, options),
@@ -133,10 +166,11 @@ def _run(engine: Engine, options: ServeOptions, listener: socket.socket) -> None
         access_log=False,
         timeout_keep_alive=60,
     )
-    # uvicorn drains on SIGINT and then raises KeyboardInterrupt, which is no failure here.
-    with contextlib.suppress(KeyboardInterrupt):
+    server = Server(config)
+    # uvicorn raises the signal again after the drain, which is no failure here.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except OSError as error:  # bound but not listening, two servers can share an address
             raise ZImageError(f"cannot listen: {error.strerror or error}") from None
 

@@ -1,0 +1,91 @@
+"""Who may ask, and how much: API keys, foreign web pages, the size of a body."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from zimage_fp8.serve.failures import Failure, answer
+
+# Load balancers carry no keys, and the random name of a picture is its key.
+OPEN_PATHS = ("/health", "/ready")
+OPEN_PREFIX = "/v1/pictures/"
+
+UNAUTHORIZED = Failure(
+    401, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
+)
+FOREIGN_PAGE = Failure(403, "permission_error", "foreign_origin")
+
+
+class Guard:
+    """ASGI middleware that answers 401 and 403 in OpenAI's envelope.
+
+    Keys are compared as digests, all of them, in constant time. Without CORS a browser hides our
+    answers from foreign pages but still delivers their simple POSTs, which would draw pictures: so
+    what browsers mark as coming from another site is refused, unless its origin is allowed.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], origins: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [_digest(key) for key in keys]
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            await answer(*refusal)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> tuple[Failure, str] | None:
+        headers = Headers(scope=scope)
+        if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
+            return FOREIGN_PAGE, "web pages of other sites may not use this server"
+        path = scope["path"]
+        if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+            return None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            return UNAUTHORIZED, "no API key: send it as Authorization: Bearer KEY"
+        if not self._is_known(key.strip()):
+            return UNAUTHORIZED, "this API key is not known here"
+        return None
+
+    def _is_known(self, key: str) -> bool:
+        digest = _digest(key)
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+            return False
+        return "*" not in self._origins and headers.get("origin") not in self._origins
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins read our answers; without any, no header is sent at all."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-seed", "server-timing", "retry-after"],
+        )
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, of which at most `max_bytes` are ever held. Raises HTTPException 413 beyond."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise HTTPException(413, f"the body is too large: at most {max_bytes} bytes")
+    return bytes(body)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

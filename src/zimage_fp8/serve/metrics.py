@@ -1,0 +1,95 @@
+"""What Prometheus may read at /metrics: one registry per app, and no prompt in any label."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from zimage_fp8 import __version__
+from zimage_fp8.model.pipeline import GeneratedImage
+from zimage_fp8.serve.jobs import Job, JobCancelled, JobQueue
+
+NAMESPACE = "zimage_fp8"
+SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+# The engine's stages under the names that operators know; `encode` is writing the file there.
+STAGES = {
+    "encode": "text_encode",
+    "denoise": "denoise",
+    "preview": "preview",
+    "decode": "vae_decode",
+}
+
+
+class Metrics:
+    """Counts answers and finished jobs; asks the queue for its length when read."""
+
+    media_type = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self, queue: JobQueue, server: Mapping[str, object]) -> None:
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=NAMESPACE, registry=registry)
+
+        def seconds(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
+        ) -> Histogram:
+            return Histogram(
+                name, text, labels, namespace=NAMESPACE, registry=registry, buckets=buckets
+            )
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, namespace=NAMESPACE, registry=registry)
+
+        self._requests = counter("requests_total", "Generations answered.", "status")
+        self._duration = seconds("request_duration_seconds", "From request to last byte.")
+        self._queue_wait = seconds("queue_wait_seconds", "A picture's wait before its first step.")
+        self._step = seconds(
+            "denoise_step_seconds", "Mean step of a finished picture.", buckets=STEP_SECONDS
+        )
+        self._stage = seconds("stage_seconds", "A stage of a finished picture.", "stage")
+        self._images = counter("images_total", "Pictures drawn.")
+        self._pixels = counter("image_pixels_total", "Pixels drawn.")
+        self._cancelled = counter("cancelled_total", "Pictures given up: the client left.")
+        gauge("queue_depth", "Pictures waiting.").set_function(lambda: queue.num_waiting)
+        gauge("requests_running", "Pictures being drawn.").set_function(lambda: queue.num_running)
+        memory = gauge("gpu_memory_bytes", "Memory of the GPU that torch holds.", "kind")
+        memory.labels("allocated").set_function(torch.cuda.memory_allocated)
+        memory.labels("reserved").set_function(torch.cuda.memory_reserved)
+        memory.labels("peak_allocated").set_function(torch.cuda.max_memory_allocated)
+        facts = {"version": __version__, "policy": server["policy"], "gpu": server["device"]}
+        build = Info("build", "What runs here.", namespace=NAMESPACE, registry=registry)
+        build.info({key: str(value) for key, value in facts.items()})
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def count_answer(self, status: int, duration_s: float) -> None:
+        self._requests.labels(str(status)).inc()
+        self._duration.observe(duration_s)
+
+    def count_file(self, took_s: float) -> None:
+        """A picture was written as png, webp or jpeg."""
+        self._stage.labels("encode").observe(took_s)
+
+    def watch(self, job: Job) -> None:
+        """Count `job` when it ends."""
+        job.future.add_done_callback(lambda future: self._count(job, future))
+
+    def _count(self, job: Job, future: Future[GeneratedImage]) -> None:
+        error = future.exception()
+        if isinstance(error, JobCancelled):
+            self._cancelled.inc()
+        if error is not None:
+            return
+        image = future.result()
+        self._queue_wait.observe(job.queued_s)
+        self._step.observe(image.timings_s["denoise"] / image.request.steps)
+        for stage, took_s in image.timings_s.items():
+            self._stage.labels(STAGES.get(stage, stage)).observe(took_s)
+        self._images.inc()
+        self._pixels.inc(image.request.width * image.request.height)
