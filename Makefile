@@ -3,9 +3,9 @@
 
 PYTHON ?= python3
 
-# torch is installed first and by itself, so that its build is chosen here and nowhere else: inside
-# a range pip prefers the newest release, which on Linux brings several GB of CUDA libraries. Any
-# torch >= 2.11 works: `make test TORCH=torch` takes the newest.
+# What to install first, so that the choice of torch (version, index) is made here and nowhere else.
+# On Linux the registry's default build brings several GB of CUDA libraries; if you have a CPU build,
+# name it: `make test TORCH=path/to/torch.whl`. Any torch >= 2.11 works.
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin

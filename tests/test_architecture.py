@@ -34,10 +34,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FOUNDATION = {unit for layer in LAYERS[:2] for unit in layer}
 
 # Beside the layers: verbs that stand on some of them. The benchmark starts servers as processes
-# and talks HTTP: it knows the wire, and the names of policies and models.
+# and talks HTTP: it knows the wire, policies, a checkpoint's headers, and what a model refuses.
 UP_TO_MODEL = {unit for layer in LAYERS[:6] for unit in layer}
 BESIDE: dict[str, set[str]] = {
-    "bench": {"errors", "protocol", "provenance", "quant.policy", "model.source"},
+    "bench": {
+        *("errors", "layout", "numerics", "protocol", "provenance", "quant.policy"),
+        *("checkpoint.dialects", "checkpoint.shards"),
+        *("model.loading", "model.pipeline", "model.source"),
+    },
     "card": {"errors", "provenance", "bench", "quant.policy", "checkpoint"},
     "doctor": FOUNDATION | {"kernels"},
     "generate": UP_TO_MODEL | {"engine", "picture"},

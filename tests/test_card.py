@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fake_record import NUMBERS, PROMPTS, make_record, save_pictures
-from zimage_fp8.bench.record import write_record
+from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_variant, save_pictures
+from zimage_fp8.bench.grid import grid_name
+from zimage_fp8.bench.record import VariantRecord, write_record
 from zimage_fp8.card import write_cards
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.quant.policy import STATIC_POLICIES
@@ -20,20 +21,27 @@ CALIBRATION = {
 }  # fmt: skip
 
 
-def make_checkpoint(folder: Path, policy: str, base_model: str) -> None:
+STATIC = {"format": "e4m3", "weight": "per-tensor", "activation": "static-per-tensor"}
+ROW = {"format": "e4m3", "weight": "per-channel", "activation": "dynamic-per-token"}
+
+
+def make_checkpoint(folder: Path, policy: str, base_model: str, **changes: object) -> None:
     facts = {
         "policy": policy,
         "version": "0.1.0",
         "base_model": base_model,
+        "base_fingerprint": "0",
         "calibration": CALIBRATION,
-        "calibration_digest": "0123abcd",
+        "calibration_digest": DIGEST,
         "rules": [
             {"layers": "*.adaLN_modulation.*", "spec": None, "why": ""},
-            {"layers": "*.feed_forward.w[123]", "spec": {"format": "e4m3"}, "why": ""},
+            {"layers": "*.feed_forward.w[123]", "spec": STATIC, "why": ""},
         ],
+        **changes,
     }
     (folder / "transformer").mkdir(parents=True)
-    config = {"quantization_config": {"quant_method": "modelopt", "zimage_fp8": facts}}
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "zimage_fp8": facts}
+    config = {"quantization_config": quantization}
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
 
 
@@ -167,3 +175,144 @@ def test_a_checkpoint_that_was_not_measured_is_refused(family: Path) -> None:
     make_checkpoint(family / "other", "mine", "x")
     with pytest.raises(ZImageError, match="no row for mine"):
         write_cards(family / "other", family / "record.json", namespace="me")
+
+
+@pytest.mark.parametrize("is_test_model", [True], ids=["nano"])
+class TestOneFamily:
+    """What does not depend on the model."""
+
+    def write(self, family: Path) -> list[Path]:
+        return write_cards(family / "checkpoints", family / "record.json", namespace="me")
+
+    def cards_in(self, family: Path) -> list[Path]:
+        return list(family.glob("checkpoints/*/README.md"))
+
+    def replace_record(self, family: Path, **changes: object) -> None:
+        record = make_record(on_gpu=False, is_test_model=True).model_copy(update=changes)
+        write_record(record, family / "record.json")
+
+    def add_variant(self, family: Path, policy: str, **server: object) -> None:
+        record = make_record(on_gpu=False, is_test_model=True)
+        like = make_variant("online_fp8", "process_rss", on_gpu=False)
+        new = like.model_copy(update={"policy": policy, "server": {**like.server, **server}})
+        self.replace_record(family, variants=[*record.variants, new])
+
+    def test_a_checkpoint_without_calibration_claims_none(self, family: Path) -> None:
+        self.add_variant(family, "fp8-row")
+        rules = [{"layers": "*.feed_forward.w[123]", "spec": ROW}]
+        nothing = {"calibration": None, "calibration_digest": None}
+        make_checkpoint(family / "checkpoints/row", "fp8-row", "nano", rules=rules, **nothing)
+        self.write(family)
+        card = (family / "checkpoints/row/README.md").read_text()
+        assert "one scale per output row" in card
+        assert "one scale per token, computed at run time" in card
+        assert "nothing is calibrated" in card
+        assert "static scale" not in card
+        assert "share the scales of one calibration" not in card
+        assert "share the scales" not in (family / "checkpoints/full/README.md").read_text()
+
+    def test_calibrated_checkpoints_say_so(self, family: Path) -> None:
+        self.write(family)
+        card = (family / "checkpoints/full/README.md").read_text()
+        assert "one static scale per layer, from calibration" in card
+        assert "all share the scales of one calibration" in card
+
+    def test_every_checkpoint_in_the_folder_gets_a_card(self, family: Path) -> None:
+        self.add_variant(family, "full[0-1]", calibration=DIGEST)
+        make_checkpoint(family / "checkpoints/some", "full[0-1]", "nano")
+        make_checkpoint(family / "checkpoints/.full.partial-1", "full", "nano")
+        (family / "checkpoints/notes").mkdir()
+        written = self.write(family)
+        assert [path.parent.name for path in written] == [*STATIC_POLICIES, "some"]
+        card = written[-1].read_text()
+        assert "`me/nano-FP8-full-0-1` ← you are here" in card
+
+    def test_two_checkpoints_of_one_policy_are_refused(self, family: Path) -> None:
+        make_checkpoint(family / "checkpoints/copy", "full", "nano")
+        with pytest.raises(ZImageError, match="are both full"):
+            self.write(family)
+
+    def test_a_checkpoint_calibrated_anew_is_refused(self, family: Path) -> None:
+        make_checkpoint(family / "other", "full", "nano", calibration_digest="feed")
+        with pytest.raises(ZImageError, match=f"the calibration feed, but {DIGEST} was measured"):
+            write_cards(family / "other", family / "record.json")
+
+    @pytest.mark.parametrize(
+        ("model", "base"), [("someone/finetune", "someone/finetune"), ("nano", "me/nano")]
+    )
+    def test_the_base_is_the_model_that_was_measured(
+        self, family: Path, model: str, base: str
+    ) -> None:
+        self.replace_record(family, model=model, is_test_model=False)
+        make_checkpoint(family / "other", "full", model)
+        (readme,) = write_cards(family / "other", family / "record.json", namespace="me")
+        data = front_matter(readme.read_text())
+        assert data["base_model"] == base
+        assert data.get("license") == ("apache-2.0" if model == "nano" else None)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("{", "cannot be read as JSON"),
+            ("[]", "holds a list, expected an object"),
+            ('{"quantization_config": {"zimage_fp8": null}}', "zimage_fp8 is a NoneType"),
+            ('{"quantization_config": {"zimage_fp8": {}}}', "zimage_fp8: algorithm"),
+            ('{"quantization_config": {"quant_algo": "FP8", "zimage_fp8": {}}}', "policy: Field"),
+        ],
+    )
+    def test_a_damaged_checkpoint_is_one_sentence_and_no_card(
+        self, family: Path, config: str, message: str
+    ) -> None:
+        (family / "checkpoints/attn-only/transformer/config.json").write_text(config)
+        with pytest.raises(ZImageError, match=message):
+            self.write(family)
+        assert not self.cards_in(family)
+
+    def test_no_quantization_is_no_checkpoint(self, family: Path) -> None:
+        (family / "other/transformer").mkdir(parents=True)
+        config = family / "other/transformer/config.json"
+        config.write_text('{"quantization_config": null}')
+        with pytest.raises(ZImageError, match="no quantized checkpoint"):
+            write_cards(family / "other", family / "record.json")
+
+    @pytest.mark.parametrize("picture", ["pictures/full/prompt1.png", "pictures/bf16_base"])
+    def test_a_missing_picture_is_one_sentence_and_no_card(
+        self, family: Path, picture: str
+    ) -> None:
+        (family / picture).rename(family / "elsewhere")
+        with pytest.raises(ZImageError, match="cannot read the picture"):
+            self.write(family)
+        assert not self.cards_in(family)
+
+    def test_comparisons_are_the_records_own(self, family: Path) -> None:
+        before = sorted(family.iterdir())
+        self.write(family)
+        assert sorted(family.iterdir()) == before
+        for prompt in range(len(PROMPTS)):
+            (family / grid_name(prompt)).write_bytes(b"made by bench")
+        self.write(family)
+        for name in map(grid_name, range(len(PROMPTS))):
+            assert (family / "checkpoints/full/images" / name).read_bytes() == b"made by bench"
+
+    def test_when_one_card_cannot_be_written_none_is(self, family: Path) -> None:
+        (family / "checkpoints/attn-only/images").write_text("not a folder")
+        with pytest.raises(ZImageError, match="cannot write"):
+            self.write(family)
+        left = {path.name for path in (family / "checkpoints/full").iterdir()}
+        assert left == {"transformer"}
+
+    def test_partly_identical_pictures(self, family: Path) -> None:
+        record = make_record(on_gpu=False, is_test_model=True)
+        self.replace_record(family, variants=[*map(with_one_identical_picture, record.variants)])
+        self.write(family)
+        card = (family / "checkpoints/full/README.md").read_text()
+        assert "PSNR 20.50 dB (1 of 2 identical) / SSIM" in card
+        assert "mean of the 1 pictures that differ" in card
+
+
+def with_one_identical_picture(variant: VariantRecord) -> VariantRecord:
+    first, *others = variant.requests
+    if first.quality:
+        same = first.quality.model_copy(update={"psnr_db": float("inf")})
+        first = first.model_copy(update={"quality": same})
+    return variant.model_copy(update={"requests": [first, *others]})

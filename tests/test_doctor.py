@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
-from zimage_fp8 import doctor
+from zimage_fp8 import doctor, provenance
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,17 @@ def test_the_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     report = doctor.examine()
     assert report.hub.has_token
     assert "hf_s" not in doctor.render(report) + json.dumps(asdict(report))
+
+
+def test_packages_that_nothing_uses_are_not_named() -> None:
+    assert "ray" not in [name for name, *_ in doctor.OPTIONAL_PACKAGES]
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src" / "provenance.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() is None
 
 
 def test_the_text_names_every_ability_and_package(report: doctor.Report) -> None:

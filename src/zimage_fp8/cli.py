@@ -223,9 +223,10 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Key that clients must send; repeatable, or several in the variable. "
-            "Other users of this machine can read command lines, but not the variable.",
+            help="Key that clients must send; repeatable. Better in ZIMAGE_FP8_API_KEY, separated "
+            "by spaces: command lines can be read by others.",
             envvar="ZIMAGE_FP8_API_KEY",
+            show_envvar=False,
         ),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="Such keys, one per line.")] = None,

@@ -1,5 +1,9 @@
-"""What this machine can run, and why not. Nothing is guessed that can be tried: the 8-bit product
-and every attention kernel run here, on a tiny example, on each device."""
+"""What this machine can run, and why not.
+
+The E4M3 product and PyTorch's own attention kernels are tried, on a tiny example. INT8 and the
+attention packages of others, which this program does not call, are judged by the GPU's compute
+capability and by what is installed.
+"""
 
 import importlib.metadata
 import shutil
@@ -101,7 +105,6 @@ OPTIONAL_PACKAGES: tuple[tuple[str, str, str], ...] = (
     ("psutil", "bench: peak memory of a process", "pip install 'zimage-fp8[bench]'"),
     ("nvidia-ml-py", "bench: GPU memory of a process", "pip install 'zimage-fp8[bench]'"),
     ("openai", "a client for the server", "pip install openai"),
-    ("ray", "serve on several machines", "pip install 'ray[serve]'"),
 )
 
 

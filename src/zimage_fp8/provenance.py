@@ -25,13 +25,16 @@ def _version(package: str) -> str:
 def commit() -> str | None:
     """The commit of the checkout this package runs from, `-dirty` when it has changes.
 
-    None when it runs from an installed package.
+    None when it runs from an installed package, or where there is no git to ask.
     """
     here = Path(__file__).resolve().parent
     if not any((parent / ".git").exists() for parent in here.parents[:2]):
         return None
     describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(describe, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return result.stdout.strip() or None
 
 

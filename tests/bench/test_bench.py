@@ -1,7 +1,9 @@
 """The whole verb on a tiny model: quantize, serve, draw, compare, report."""
 
 import hashlib
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
@@ -13,7 +15,7 @@ from zimage_fp8.bench.quality import pixels
 from zimage_fp8.bench.record import read_record
 from zimage_fp8.bench.run import refuse_unequal_work
 from zimage_fp8.card import write_cards
-from zimage_fp8.errors import ZImageError
+from zimage_fp8.errors import UsageError, ZImageError
 
 
 @pytest.mark.slow
@@ -44,6 +46,9 @@ def test_two_variants_from_model_to_card(tiny_model: Path, tmp_path: Path) -> No
         assert variant.load_s > 0
         assert len(variant.warmup_latencies_s) == 1
     assert full.server["policy"] == "full"
+    for written in (tmp_path / "record.json", report):
+        for folder in (tmp_path, tiny_model, Path(sys.prefix)):
+            assert str(folder) not in written.read_text()
     for ours, original in zip(full.requests, base.requests, strict=True):
         pair = [pixels((tmp_path / r.picture).read_bytes()) for r in (original, ours)]
         assert ours.quality
@@ -58,6 +63,24 @@ def test_different_numbers_of_forwards_are_not_compared() -> None:
     doubled = [request.model_copy(update={"nfe": 16}) for request in full.requests]
     with pytest.raises(ZImageError, match=r"bf16_base \[8\], full \[16\]"):
         refuse_unequal_work([base, full.model_copy(update={"requests": doubled})])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"policies": ["nope"]},
+        {"policies": ["full[0-99]"]},
+        {"dtype": "int4"},
+        {"steps": 1000},
+        {"seeds": [-1, 0, 1]},
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_is_written(
+    wrong: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError):
+        bench(str(tiny_model), out=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """record.json: what is written can be read back, and nothing else is accepted."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,39 @@ def test_other_records_are_refused(tmp_path: Path, change: dict[str, object], me
     path = tmp_path / "record.json"
     path.write_text(json.dumps({**make_record().model_dump(mode="json"), **change}))
     with pytest.raises(ZImageError, match=message):
+        read_record(path)
+
+
+Raw = dict[str, Any]
+
+
+def forget_memory(raw: Raw) -> None:
+    raw["variants"][1]["peak_memory_bytes"] = {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw["variants"].clear(), "the reference bf16_base is missing"),
+        (lambda raw: raw["variants"].pop(0), "the reference bf16_base is missing"),
+        (lambda raw: raw["variants"][1]["requests"].clear(), r"variants\.1\.requests"),
+        (lambda raw: raw["variants"][1]["requests"].pop(), "online_fp8 did not draw every prompt"),
+        (
+            lambda raw: raw["variants"][1]["requests"][0].pop("quality"),
+            "online_fp8 is not compared",
+        ),
+        (forget_memory, "no memory was measured in the same way"),
+        (lambda raw: raw["parameters"]["seeds"].pop(), "one seed per prompt"),
+    ],
+)
+def test_a_record_without_what_tables_need_is_damaged(
+    tmp_path: Path, damage: Callable[[Raw], object], message: str
+) -> None:
+    raw = make_record().model_dump(mode="json")
+    damage(raw)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ZImageError, match=f"damaged: .*{message}"):
         read_record(path)
 
 

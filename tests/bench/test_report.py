@@ -7,7 +7,7 @@ from PIL import Image
 
 from fake_record import NUMBERS, make_record, save_pictures
 from zimage_fp8.bench.grid import draw_grid
-from zimage_fp8.bench.record import Record, read_record, write_record
+from zimage_fp8.bench.record import Quality, Record, read_record, write_record
 from zimage_fp8.bench.report import notes, render_report, write_report
 from zimage_fp8.bench.table import BEST, close_to_best, rows
 
@@ -86,17 +86,30 @@ def test_a_cpu_is_not_flattered() -> None:
     assert "emulated" not in " ".join(notes(make_record()))
 
 
-def test_identical_pictures_are_called_identical() -> None:
+@pytest.mark.parametrize(
+    ("psnrs_db", "cell"),
+    [
+        ((float("inf"), float("inf")), "identical"),
+        ((float("inf"), 30.5), "30.50 (1 of 2 identical)"),
+    ],
+)
+def test_identical_is_said_of_pictures_and_not_of_a_variant(
+    psnrs_db: tuple[float, float], cell: str
+) -> None:
     record = make_record()
-    same = [
-        request.model_copy(
-            update={"quality": request.quality.model_copy(update={"psnr_db": float("inf")})}
-        )
-        for request in record.variants[1].requests
-        if request.quality
+    requests = [
+        request.model_copy(update={"quality": Quality(psnr_db=psnr_db, ssim=1.0)})
+        for request, psnr_db in zip(record.variants[1].requests, psnrs_db, strict=True)
     ]
-    report = render_report(changed(record, "online_fp8", requests=same), ["a", "b"])
-    assert table_rows(report)["online_fp8"][6] == "identical"
+    report = render_report(changed(record, "online_fp8", requests=requests), ["a", "b"])
+    assert table_rows(report)["online_fp8"][6] == cell
+
+
+def test_no_change_has_no_minus() -> None:
+    record = make_record()
+    almost = [r.model_copy(update={"latency_s": 1.09999}) for r in record.variants[1].requests]
+    report = render_report(changed(record, "online_fp8", requests=almost), ["a", "b"])
+    assert table_rows(report)["online_fp8"][4] == "+0.0%"
 
 
 def test_a_report_is_rendered_again_from_the_record_alone(tmp_path: Path) -> None:

@@ -1,41 +1,58 @@
 """The default workload, and workloads that make no sense."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from zimage_fp8.bench.record import Parameters
-from zimage_fp8.bench.variants import ALL, checkpoint_facts, make_checkpoints, plan_variants
-from zimage_fp8.bench.workload import choose_parameters, is_test_model
-from zimage_fp8.errors import UsageError, ZImageError
-
-
-def choose(model: str, **changes: object) -> Parameters:
-    defaults: dict[str, object] = {
-        "prompts": None, "seeds": None, "size": None, "steps": 8, "guidance": 0.0,
-        "warmup": 1, "runs": None, "dtype": "bfloat16", "device": None,
-    }  # fmt: skip
-    return choose_parameters(model, **{**defaults, **changes})
+from zimage_fp8.bench.workload import (
+    FULL_SIZE,
+    NANO,
+    Wishes,
+    choose_parameters,
+    is_test_model,
+    profile_of,
+    recorded_command,
+)
+from zimage_fp8.errors import ModelError, UsageError
+from zimage_fp8.model.source import find_model
 
 
 def test_the_seed_cards_workload() -> None:
-    parameters = choose("Tongyi-MAI/Z-Image-Turbo")
+    parameters = choose_parameters(FULL_SIZE, Wishes())
     assert parameters.prompts[0].startswith("a cinematic photograph of an old fisherman")
     assert (parameters.seeds, parameters.size) == ([1235, 1236, 1237], "1024x512")
     assert (parameters.warmup, parameters.runs) == (1, 3)
 
 
 def test_nano_has_prompts_of_its_own() -> None:
-    parameters = choose("nano")
+    parameters = choose_parameters(profile_of(find_model("nano")), Wishes())
     assert parameters.size == "256x256"
     assert len(parameters.prompts) == 3
     assert "background" in parameters.prompts[0]
 
 
-def test_small_local_models_count_as_test_models(tiny_model: Path, tmp_path: Path) -> None:
-    assert is_test_model(str(tiny_model))
-    assert not is_test_model(str(tmp_path))
-    assert not is_test_model("Tongyi-MAI/Z-Image-Turbo")
+def save_config(folder: Path, text: str) -> Path:
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("dim", "is_small"), [(192, True), (3840, False)])
+def test_the_width_makes_a_test_model_and_not_the_name(
+    tmp_path: Path, dim: int, is_small: bool
+) -> None:
+    config = {"_class_name": "ZImageTransformer2DModel", "dim": dim, "n_heads": dim // 64}
+    config |= {"n_kv_heads": dim // 64, "axes_dims": [16, 24, 24]}
+    folder = save_config(tmp_path, json.dumps(config))
+    assert is_test_model(folder) is is_small
+    assert profile_of(folder) is (NANO if is_small else FULL_SIZE)
+
+
+@pytest.mark.parametrize("garbage", ["{", "[]", '{"dim": "wide"}'])
+def test_a_damaged_config_is_one_sentence(tmp_path: Path, garbage: str) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        profile_of(save_config(tmp_path, garbage))
 
 
 @pytest.mark.parametrize(
@@ -45,48 +62,35 @@ def test_small_local_models_count_as_test_models(tiny_model: Path, tmp_path: Pat
         ({"seeds": [1]}, "seeds"),
         ({"runs": 2}, "runs"),
         ({"warmup": -1}, "warmup"),
-        ({"prompts": ["a", " ", "c"]}, "prompts"),
+        ({"prompts": ["a", " ", "c"]}, "prompt"),
         ({"size": (100, 64)}, "size"),
         ({"size": (0, 64)}, "size"),
         ({"steps": 0}, "steps"),
+        ({"steps": 1000}, "steps"),
         ({"guidance": -1.0}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"seeds": [-1, 0, 1]}, "seeds"),
+        ({"seeds": [0, 1, 2**53]}, "seeds"),
+        ({"dtype": "int4"}, "dtype"),
     ],
 )
 def test_workloads_that_make_no_sense(changes: dict[str, object], param: str) -> None:
     with pytest.raises(UsageError) as refused:
-        choose("nano", **changes)
+        choose_parameters(NANO, Wishes(**changes))
     assert refused.value.param == param
 
 
-def test_all_is_the_cards_nine_rows() -> None:
-    variants = plan_variants(["all"], Path("c"))
-    assert [variant.policy for variant in variants] == list(ALL)
-    assert len(variants) == 9
-    assert [v.checkpoint for v in variants[:3]] == [None, None, Path("c/full")]
+def test_the_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    wishes = Wishes(prompts=["x"], seeds=[7], size=(64, 48), steps=4, dtype="float32")
+    policies = ["full", str(tmp_path / "gentle.toml")]
+    command = recorded_command(str(tmp_path / "my-model"), policies, wishes, tmp_path / "out")
+    assert " ".join(command) == (
+        "zimage-fp8 bench my-model --policies full --policies gentle.toml --out out "
+        "--prompts prompts.txt --seeds 7 --size 64x48 --steps 4 --dtype float32"
+    )
 
 
-def test_the_reference_is_always_there_and_first() -> None:
-    variants = plan_variants(["full[0-1]", "bf16_base", "full[0-1]"], Path("c"))
-    assert [variant.policy for variant in variants] == ["bf16_base", "full[0-1]"]
-
-
-def test_what_a_server_is_started_with() -> None:
-    base, online, full = plan_variants(["online_fp8", "full"], Path("c"))
-    assert base.serve_arguments("m", "bfloat16", None) == [
-        "m", "--policy", "bf16_base", "--dtype", "bfloat16",
-    ]  # fmt: skip
-    assert online.serve_arguments("m", "bfloat16", "cpu")[-2:] == ["--device", "cpu"]
-    assert full.serve_arguments("m", "float32", None) == ["c/full", "--dtype", "float32"]
-
-
-@pytest.mark.parametrize("policies", [[], ["nonsense"]])
-def test_unknown_policies(policies: list[str]) -> None:
-    with pytest.raises(UsageError):
-        plan_variants(policies, Path("c"))
-
-
-def test_something_else_in_a_checkpoints_place_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    assert checkpoint_facts(tmp_path / "full") == {}
-    with pytest.raises(ZImageError, match="is not full of nano"):
-        make_checkpoints("nano", plan_variants(["full"], tmp_path), tmp_path, None)
+def test_defaults_are_not_spelled_out() -> None:
+    command = recorded_command("nano", ["all"], Wishes(), Path("results"))
+    assert " ".join(command) == "zimage-fp8 bench nano --policies all --out results"

@@ -83,6 +83,12 @@ def test_captions_equal_the_padded_encoder_of_diffusers(nano: Pipeline, referenc
         assert relative_error(nano.text.encode(LONG), expected) < 1e-6
 
 
+def test_guidance_counts_twice(nano: Pipeline) -> None:
+    guided = ImageRequest(SHORT, 32, 32, "blurry", steps=3, guidance=1.0)
+    assert nano.generate(guided).nfe == 6
+    assert nano.generate(ImageRequest(SHORT, 32, 32, steps=3)).nfe == 3
+
+
 def test_one_seed_is_one_picture(nano: Pipeline) -> None:
     request = ImageRequest(SHORT, 64, 64, steps=2, seed=3)
     first, again = nano.generate(request), nano.generate(request)

@@ -38,29 +38,37 @@ def bench(
     from zimage_fp8.bench.record import write_record
     from zimage_fp8.bench.report import write_report
     from zimage_fp8.bench.run import describe_run, measure_all, with_quality
-    from zimage_fp8.bench.variants import make_checkpoints, plan_variants
-    from zimage_fp8.bench.workload import choose_parameters
+    from zimage_fp8.bench.variants import (
+        CHECKPOINTS,
+        check_policies,
+        find_missing,
+        make_checkpoints,
+        plan_variants,
+    )
+    from zimage_fp8.bench.workload import (
+        FULL_SIZE,
+        Wishes,
+        choose_parameters,
+        profile_of,
+        recorded_command,
+    )
     from zimage_fp8.model.source import find_model
 
-    parameters = choose_parameters(
-        model,
-        prompts=prompts,
-        seeds=seeds,
-        size=size,
-        steps=steps,
-        guidance=guidance,
-        warmup=warmup,
-        runs=runs,
-        dtype=dtype,
-        device=device,
-    )
-    find_model(model)  # a Hub id is downloaded now and not while a server starts
+    wishes = Wishes(prompts, seeds, size, steps, guidance, warmup, runs, dtype, device)
+    variants = plan_variants(policies, out / CHECKPOINTS)
+    choose_parameters(FULL_SIZE, wishes)  # what no model can do is refused before one is downloaded
+    folder = find_model(model)
+    parameters = choose_parameters(profile_of(folder), wishes)
+    check_policies(variants, folder)
+    missing = find_missing(variants, model, folder, dtype)
+
     make_folder(out)
-    variants = plan_variants(policies, out / "checkpoints")
-    make_checkpoints(model, variants, out / "checkpoints", device)
+    make_checkpoints(model, missing, out / CHECKPOINTS, dtype, device)
     with show_progress(len(variants) * (1 + parameters.warmup + parameters.runs)) as on_stage:
         measured = measure_all(model, variants, parameters, out, on_stage)
-    record = describe_run(model, parameters, with_quality(measured, out))
+    judged = with_quality(measured, out)
+    command = recorded_command(model, policies, wishes, out)
+    record = describe_run(model, folder, command, parameters, judged)
     write_record(record, out / "record.json")
     return write_report(record, out)
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from zimage_fp8.bench.record import Record, RequestRecord
 from zimage_fp8.bench.table import Row, quality_text, rows
+from zimage_fp8.errors import ZImageError
 
 COLUMNS = 3
 MAX_CELL = 640  # three of these fill a wide page; smaller pictures stay pixel for pixel
@@ -26,14 +27,21 @@ def write_grids(record: Record, folder: Path, out: Path) -> list[Path]:
     """Write comparison-prompt<i>.png for every prompt to `out`. `folder` holds the pictures."""
     paths = []
     for prompt in range(len(record.parameters.prompts)):
-        path = out / f"comparison-prompt{prompt}.png"
+        path = out / grid_name(prompt)
         draw_grid(record, prompt, folder).save(path, optimize=True)
         paths.append(path)
     return paths
 
 
+def grid_name(prompt: int) -> str:
+    return f"comparison-prompt{prompt}.png"
+
+
 def draw_grid(record: Record, prompt: int, folder: Path) -> Image.Image:
-    """The prompt as title, then one labelled cell per variant, three to a row."""
+    """The prompt as title, then one labelled cell per variant, three to a row.
+
+    Raises ZImageError naming a picture of `folder` that cannot be read.
+    """
     title = _title_lines(record, prompt)
     top = MARGIN + len(title) * LINE + LINE
     page = Image.new("RGB", _page_size(record, top), PAPER)
@@ -98,8 +106,11 @@ def _draw_title(draw: ImageDraw.ImageDraw, lines: list[str], facts: str) -> None
 
 def _draw_picture(page: Image.Image, path: Path, corner: Point, cell: Point, row: Row) -> None:
     left, top = corner
-    with Image.open(path) as picture:
-        page.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), corner)
+    try:
+        with Image.open(path) as picture:
+            page.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), corner)
+    except OSError as error:
+        raise ZImageError(f"cannot read the picture {path}: {error}") from None
     if row.is_best:
         box = (left - FRAME, top - FRAME, left + cell[0] + FRAME - 1, top + cell[1] + FRAME - 1)
         ImageDraw.Draw(page).rectangle(box, outline=ACCENT, width=FRAME)

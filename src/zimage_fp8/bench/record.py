@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from zimage_fp8.errors import ZImageError
 
@@ -103,13 +103,17 @@ class Quality(_Part):
     psnr_db: float
     ssim: float
 
+    @property
+    def is_identical(self) -> bool:
+        return self.psnr_db == float("inf")
+
 
 class RequestRecord(_Part):
     """One request. `prompt` indexes the prompts; `picture` is relative to the record's folder."""
 
     prompt: int
     seed: int
-    latency_s: float
+    latency_s: float = Field(gt=0)
     nfe: int
     sigmas: list[float]
     timings_s: dict[str, float]
@@ -127,14 +131,17 @@ class VariantRecord(_Part):
     server: dict[str, JsonValue]
     load_s: float
     warmup_latencies_s: list[float]
-    requests: list[RequestRecord]
+    requests: list[RequestRecord] = Field(min_length=1)
     peak_memory_bytes: dict[str, int]
     memory_sampling_hz: float
     num_memory_samples: int
 
 
 class Record(_Part):
-    """One run. `is_test_model`: a small model of Z-Image's structure, such as nano."""
+    """One run. `is_test_model`: a small model of Z-Image's structure, such as nano.
+
+    Commands and names mean the same on every machine: no path of the one it ran on is in here.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     created: str
@@ -154,11 +161,33 @@ class Record(_Part):
     @property
     def memory_method(self) -> str:
         """The key of MEMORY_METHODS that tables use: the first that every variant has."""
-        return next(
+        return self._common_methods[0]
+
+    @model_validator(mode="after")
+    def _can_be_compared(self) -> "Record":
+        """Everything that a table, a picture grid or a card takes for granted."""
+        prompts = set(range(len(self.parameters.prompts)))
+        if len(self.parameters.seeds) != len(prompts) or not prompts:
+            raise ValueError("parameters: there must be one seed per prompt, and one prompt")
+        if REFERENCE not in [variant.policy for variant in self.variants]:
+            raise ValueError(f"variants: the reference {REFERENCE} is missing")
+        for variant in self.variants:
+            if {request.prompt for request in variant.requests} != prompts:
+                raise ValueError(f"variants: {variant.policy} did not draw every prompt, or others")
+            is_reference = variant.policy == REFERENCE
+            if any((request.quality is None) != is_reference for request in variant.requests):
+                raise ValueError(f"variants: {variant.policy} is not compared with the reference")
+        if not self._common_methods:
+            raise ValueError("variants: no memory was measured in the same way for all of them")
+        return self
+
+    @property
+    def _common_methods(self) -> list[str]:
+        return [
             method
             for method in MEMORY_METHODS
-            if all(method in variant.peak_memory_bytes for variant in self.variants)
-        )
+            if all(variant.peak_memory_bytes.get(method) for variant in self.variants)
+        ]
 
 
 def write_record(record: Record, path: Path) -> None:
@@ -185,6 +214,12 @@ def read_record(path: Path) -> Record:
     try:
         return Record.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ZImageError(f"{path} is damaged: {where}: {first['msg']}") from None
+        raise ZImageError(f"{path} is damaged: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """`machine.cpu: Field required`; only the sentence when it is about the whole."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what

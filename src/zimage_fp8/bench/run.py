@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def measure(variant: Variant, workload: Workload) -> VariantRecord:
     return VariantRecord(
         policy=variant.policy,
         summary=variant.summary,
-        command=server.command[1:],  # without the interpreter's path
+        command=variant.recorded_command(workload.model, parameters.dtype, parameters.device),
         server=drawn[-1].facts.server,
         load_s=load_s,
         warmup_latencies_s=[one.latency_s for one in warmup],
@@ -163,14 +162,23 @@ def with_quality(variants: Sequence[VariantRecord], folder: Path) -> list[Varian
     ]
 
 
-def describe_run(model: str, parameters: Parameters, variants: Sequence[VariantRecord]) -> Record:
-    """The record of a finished run: when, where and with what it was made."""
+def describe_run(
+    model: str,
+    folder: Path,
+    command: Sequence[str],
+    parameters: Parameters,
+    variants: Sequence[VariantRecord],
+) -> Record:
+    """The record of a finished run: when, where and with what it was made.
+
+    folder: where `model` was found. command: how to repeat the run, without paths of this machine.
+    """
     now = datetime.datetime.now(datetime.UTC)
     return Record(
         created=now.isoformat(timespec="seconds"),
-        command=["zimage-fp8", *sys.argv[1:]],
+        command=list(command),
         model=display_name(model),
-        is_test_model=is_test_model(model),
+        is_test_model=is_test_model(folder),
         machine=Machine.model_validate({**machine(), "gpus": describe_gpus()}),
         versions=versions(),
         commit=commit(),

@@ -20,7 +20,10 @@ BEST_RULE = (
 
 @dataclass(frozen=True)
 class Row:
-    """One variant. Changes are fractions of the reference; quality is None for the reference."""
+    """One variant. Changes are fractions of the reference; quality is None for the reference.
+
+    psnr_db: the mean over the pictures that differ from the reference's; infinite when none does.
+    """
 
     policy: str
     summary: str
@@ -31,6 +34,8 @@ class Row:
     memory_saving: float
     psnr_db: float | None
     ssim: float | None
+    num_pictures: int
+    num_identical: int
     is_best: bool
 
     @property
@@ -64,7 +69,7 @@ def _latency_range(variant: VariantRecord) -> tuple[float, float]:
 def _row(record: Record, variant: VariantRecord, is_best: bool) -> Row:
     latency_s, memory = mean_latency_s(variant), _memory(record, variant)
     reference = record.reference
-    psnr_db, ssim = mean_quality(variant)
+    judged = [request.quality for request in variant.requests if request.quality]
     return Row(
         policy=variant.policy,
         summary=variant.summary,
@@ -73,8 +78,10 @@ def _row(record: Record, variant: VariantRecord, is_best: bool) -> Row:
         memory_bytes=memory,
         latency_change=latency_s / mean_latency_s(reference) - 1,
         memory_saving=1 - memory / _memory(record, reference),
-        psnr_db=psnr_db,
-        ssim=ssim,
+        psnr_db=_mean_psnr_db(judged),
+        ssim=mean_ssim(variant),
+        num_pictures=len(variant.requests),
+        num_identical=sum(quality.is_identical for quality in judged),
         is_best=is_best,
     )
 
@@ -83,12 +90,17 @@ def mean_latency_s(variant: VariantRecord) -> float:
     return fmean(request.latency_s for request in variant.requests)
 
 
-def mean_quality(variant: VariantRecord) -> tuple[float | None, float | None]:
-    """(PSNR, SSIM), the means over pictures; (None, None) for the reference."""
-    judged = [request.quality for request in variant.requests if request.quality]
+def mean_ssim(variant: VariantRecord) -> float | None:
+    """The mean over pictures; None for the reference."""
+    judged = [request.quality.ssim for request in variant.requests if request.quality]
+    return fmean(judged) if judged else None
+
+
+def _mean_psnr_db(judged: Sequence[Quality]) -> float | None:
     if not judged:
-        return None, None
-    return fmean(quality.psnr_db for quality in judged), fmean(quality.ssim for quality in judged)
+        return None
+    differing = [quality.psnr_db for quality in judged if not quality.is_identical]
+    return fmean(differing) if differing else float("inf")
 
 
 def _memory(record: Record, variant: VariantRecord) -> int:
@@ -96,7 +108,7 @@ def _memory(record: Record, variant: VariantRecord) -> int:
 
 
 def _is_choice(variant: VariantRecord) -> bool:
-    _, ssim = mean_quality(variant)
+    ssim = mean_ssim(variant)
     return ssim is None or ssim >= BEST_MIN_SSIM
 
 
@@ -119,24 +131,28 @@ def cells(row: Row) -> list[str]:
         f"{row.latency_s:.3f}",
         f"{row.steps_per_s:.2f}",
         f"{row.memory_gib:.2f}",
-        f"{row.latency_change:+.1%}",
-        f"{row.memory_saving:+.1%}",
-        db_text(row.psnr_db),
+        f"{row.latency_change:+z.1%}",
+        f"{row.memory_saving:+z.1%}",
+        psnr_text(row),
         "ref" if row.ssim is None else f"{row.ssim:.4f}",
     ]
 
 
-def db_text(psnr_db: float | None) -> str:
-    if psnr_db is None:
+def psnr_text(row: Row, unit: str = "") -> str:
+    """`21.05`, and how many pictures are identical to the reference's when some are."""
+    if row.psnr_db is None:
         return "ref"
-    return "identical" if psnr_db == float("inf") else f"{psnr_db:.2f}"
+    if row.num_identical == row.num_pictures:
+        return "identical"
+    some = f" ({row.num_identical} of {row.num_pictures} identical)" if row.num_identical else ""
+    return f"{row.psnr_db:.2f}{unit}{some}"
 
 
 def quality_text(quality: Quality | None) -> str:
     """One picture's quality in words short enough for a label."""
     if quality is None:
         return "the reference"
-    if quality.psnr_db == float("inf"):
+    if quality.is_identical:
         return "identical"
     return f"{quality.psnr_db:.2f} dB · SSIM {quality.ssim:.4f}"
 

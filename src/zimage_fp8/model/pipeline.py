@@ -122,6 +122,7 @@ class Pipeline:
         self.plan = plan
         self.shift = shift
         self.calibration_digest = calibration_digest
+        self.forwards = 0  # of the transformer, ever: counted, so that nfe is not a formula
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
         sample = int(getattr(decoder.vae.config, "sample_size", 1024))
@@ -160,7 +161,7 @@ class Pipeline:
         finite.
         """
         self.validate(request)
-        clock = _Clock(self.device)
+        clock, before = _Clock(self.device), self.forwards
         velocity = self.velocity(request)
         clock.lap("encode")
         if previews:
@@ -175,8 +176,7 @@ class Pipeline:
             )
         pixels = self.decoder.decode(latent)
         clock.lap("decode")
-        nfe = request.steps * (2 if request.guidance else 1)
-        return GeneratedImage(pixels, request, sigmas, nfe, clock.laps)
+        return GeneratedImage(pixels, request, sigmas, self.forwards - before, clock.laps)
 
     def _previewed(self, velocity: Velocity, previews: Previews, clock: "_Clock") -> Velocity:
         steps = count(1)
@@ -219,6 +219,7 @@ class Pipeline:
         return self.transformer.refine_caption(*pad_captions([self.text.encode(prompt)]))
 
     def _forward(self, latent: Tensor, sigma: float, caption: Tensor) -> Tensor:
+        self.forwards += 1
         t = transformer_time(sigma).to(self.device)
         output: Tensor = self.transformer(latent, t, caption)
         return output.float()

@@ -1,26 +1,25 @@
-"""VERB card: the README.md of each repository in the family, every number from a record.
+"""The README.md of one checkpoint, as text: every number is the record's.
 
 A card has the sections of the seed card, in its order: what this variant quantizes, the best
 choice, this variant's numbers, quick start, the table, pictures, parameters, family, licence.
 """
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from zimage_fp8.bench.grid import write_grids
-from zimage_fp8.bench.record import MEMORY_METHODS, REFERENCE, Record, read_record
+from zimage_fp8.bench.facts import CheckpointFacts
+from zimage_fp8.bench.grid import grid_name
+from zimage_fp8.bench.record import MEMORY_METHODS, REFERENCE, Record
 from zimage_fp8.bench.report import hardware, notes, parameter_table
-from zimage_fp8.bench.table import Row, db_text, marked_table, rows
-from zimage_fp8.bench.variants import checkpoint_facts
-from zimage_fp8.errors import ZImageError
-from zimage_fp8.quant.policy import STATIC_POLICIES
+from zimage_fp8.bench.table import Row, marked_table, psnr_text, rows
 
 UPSTREAM = "Tongyi-MAI/Z-Image-Turbo"
+EMBEDDED = "nano"
 PORT = 18002
 
 
@@ -28,12 +27,15 @@ PORT = 18002
 class Card:
     """Everything one README is made of. `folder` is the checkpoint that it is written into."""
 
-    policy: str
     folder: Path
+    facts: CheckpointFacts
     record: Record
-    facts: Mapping[str, object]
     family: Sequence[str]
     namespace: str
+
+    @property
+    def policy(self) -> str:
+        return self.facts.policy
 
     @property
     def row(self) -> Row:
@@ -41,92 +43,22 @@ class Card:
 
     @property
     def name(self) -> str:
-        return f"{base_name(self.record)}-FP8-{self.policy}"
+        return self.repository.rpartition("/")[2]
 
     @property
     def repository(self) -> str:
         return self.repository_of(self.policy)
 
     def repository_of(self, policy: str) -> str:
-        return f"{self.namespace}/{base_name(self.record)}-FP8-{policy}"
+        """`full[0-14]` is a policy, but the Hub allows no brackets."""
+        base, suffix = self.record.model.rpartition("/")[2], re.sub(r"[^\w.]+", "-", policy)
+        return f"{self.namespace}/{base}-FP8-{suffix.strip('-')}"
 
     @property
     def base_model(self) -> str:
-        is_own = self.record.is_test_model
-        return f"{self.namespace}/{base_name(self.record)}" if is_own else UPSTREAM
-
-
-def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name") -> list[Path]:
-    """Write README.md and images/ into every checkpoint of the family; return the READMEs.
-
-    checkpoints: a folder of checkpoints named by policy, or one checkpoint. record: record.json,
-    with its pictures beside it. Raises ZImageError when a checkpoint was not measured, or when the
-    record measures another model.
-    """
-    measured = read_record(record)
-    cards = plan_cards(checkpoints, measured, namespace)
-    grids = write_grids(measured, record.parent, record.parent)
-    return [write_card(card, record.parent, grids) for card in cards]
-
-
-def write_card(card: Card, measured: Path, grids: Sequence[Path]) -> Path:
-    """One README.md with its pictures. `measured` is the record's folder."""
-    readme = card.folder / "README.md"
-    try:
-        copy_pictures(card, measured, grids)
-        readme.write_text(render_card(card))
-    except OSError as error:
-        raise ZImageError(f"cannot write {readme}: {error}") from None
-    return readme
-
-
-def plan_cards(checkpoints: Path, record: Record, namespace: str) -> list[Card]:
-    """One card per checkpoint found, checked against the record before anything is written."""
-    found = _find_checkpoints(checkpoints)
-    measured = [variant.policy for variant in record.variants]
-    for policy, (_, facts) in found.items():
-        if policy not in measured:
-            raise ZImageError(
-                f"the record has no row for {policy}, only {', '.join(measured)}",
-                hint="run zimage-fp8 bench with this policy",
-            )
-        if (made_from := facts.get("base_model")) != record.model:
-            raise ZImageError(f"{policy} is made from {made_from}, the record is of {record.model}")
-    family = [policy for policy in STATIC_POLICIES if policy in {*found, *measured}]
-    return [
-        Card(policy, folder, record, facts, family, namespace)
-        for policy, (folder, facts) in found.items()
-    ]
-
-
-def _find_checkpoints(root: Path) -> dict[str, tuple[Path, dict[str, object]]]:
-    """policy -> (folder, what the checkpoint says of itself)"""
-    found = {}
-    for folder in (root, *(root / policy for policy in STATIC_POLICIES)):
-        if facts := checkpoint_facts(folder):
-            found[str(facts["policy"])] = folder, facts
-    if not found:
-        raise ZImageError(
-            f"{root} holds no quantized checkpoint",
-            hint="zimage-fp8 quantize MODEL --policy all --out DIR makes them",
-        )
-    return found
-
-
-def copy_pictures(card: Card, measured: Path, grids: Sequence[Path]) -> None:
-    """This variant's pictures and the comparisons, to images/ beside the README."""
-    images = card.folder / "images"
-    images.mkdir(exist_ok=True)
-    for grid in grids:
-        shutil.copy(grid, images / grid.name)
-    for prompt, picture in _pictures(card).items():
-        shutil.copy(measured / picture, images / f"prompt{prompt}.png")
-
-
-def _pictures(card: Card) -> dict[int, str]:
-    """prompt index -> this variant's picture of it, relative to the record."""
-    variant = next(v for v in card.record.variants if v.policy == card.policy)
-    return {request.prompt: request.picture for request in reversed(variant.requests)}
+        """As measured; only the embedded model has no home on the Hub but the namespace."""
+        is_embedded = self.record.model == EMBEDDED
+        return f"{self.namespace}/{EMBEDDED}" if is_embedded else self.record.model
 
 
 def render_card(card: Card) -> str:
@@ -140,7 +72,7 @@ def render_card(card: Card) -> str:
         "## Image comparisons\n\n" + _comparisons(card),
         "## Benchmark parameters\n\n" + parameter_table(card.record),
         "## Calibration\n\n" + _calibration(card),
-        f"## All {len(card.family)} repositories of this family\n\n" + _family(card),
+        f"## The repositories of this family: {len(card.family)}\n\n" + _family(card),
         "## License and attribution\n\n" + _attribution(card),
     ]
     return "\n\n".join(sections) + "\n"
@@ -151,7 +83,7 @@ def metadata(card: Card) -> ModelCardData:
     return ModelCardData(
         base_model=card.base_model,
         base_model_relation="quantized",
-        license="apache-2.0",
+        license="apache-2.0" if card.record.model in ORIGINS else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         language=["en"] if card.record.is_test_model else ["en", "zh"],
@@ -168,9 +100,11 @@ def metadata(card: Card) -> ModelCardData:
 
 def _results(card: Card) -> list[EvalResult]:
     """PSNR and SSIM for the Hub's model-index; identical pictures have no finite PSNR to state."""
+    row = card.row
+    scope = f", mean of the {row.num_pictures - row.num_identical} pictures that differ"
     values = {
-        ("psnr", "PSNR vs BF16 (dB)"): card.row.psnr_db,
-        ("ssim", "SSIM vs BF16"): card.row.ssim,
+        ("psnr", "PSNR vs BF16 (dB)" + (scope if row.num_identical else "")): row.psnr_db,
+        ("ssim", "SSIM vs BF16"): row.ssim,
     }
     prompts = len(card.record.parameters.prompts)
     return [
@@ -187,10 +121,6 @@ def _results(card: Card) -> list[EvalResult]:
     ]
 
 
-def base_name(record: Record) -> str:
-    return record.model if record.is_test_model else UPSTREAM.partition("/")[2]
-
-
 def _workload(record: Record) -> str:
     parameters = record.parameters
     size = f"{parameters.width}×{parameters.height}"
@@ -201,28 +131,50 @@ def _introduction(card: Card) -> str:
     record, row = card.record, card.row
     reference, best = rows(record)[0], next(r for r in rows(record) if r.is_best)
     paragraphs = [
-        f"{row.summary} Weights and activations are E4M3 with per-tensor static scales. "
-        f"Quantized layers: {_quantized_layers(card)}.",
+        f"{row.summary} {_format(card)} Quantized layers: {_quantized_layers(card)}.",
         f"**Best overall choice in this benchmark: `{best.policy}`** ({_numbers(record, best)}). "
-        + _how_to_get(best.policy, record),
+        + _how_to_get(best.policy, card),
         f"**This variant (`{row.policy}`)**: {_numbers(record, row)}; image quality "
-        f"PSNR {_db(row)} / SSIM {row.ssim:.4f} against the BF16 reference at identical "
-        f"(prompt, seed). BF16 itself: {reference.latency_s:.3f} s/image, "
+        f"PSNR {psnr_text(row, ' dB')} / SSIM {row.ssim:.4f} against the BF16 reference at "
+        f"identical (prompt, seed). BF16 itself: {reference.latency_s:.3f} s/image, "
         f"{reference.memory_gib:.2f} GiB.",
-        f"It is one of {len(card.family)} FP8 policies of {card.base_model}. They differ only in "
-        "which linear layers of the transformer are quantized; everything else stays BF16, and "
-        "all share the scales of one calibration.",
+        f"It is one of {len(card.family)} FP8 policies of {card.base_model}. {_in_common(card)}",
     ]
     if record.is_test_model:
         paragraphs.insert(0, TOY_WARNING.format(model=record.model))
     return "\n\n".join(paragraphs)
 
 
+WEIGHT_FORMAT = {
+    "per-tensor": "Weights are E4M3 with one scale per matrix.",
+    "per-channel": "Weights are E4M3 with one scale per output row.",
+}
+ACTIVATION_FORMAT = {
+    "static-per-tensor": "Activations are E4M3 with one static scale per layer, from calibration.",
+    "dynamic-per-token": "Activations are E4M3 with one scale per token, computed at run time.",
+}
+
+
+def _format(card: Card) -> str:
+    spec = card.facts.spec
+    return f"{WEIGHT_FORMAT[spec.weight]} {ACTIVATION_FORMAT[spec.activation]}"
+
+
+def _in_common(card: Card) -> str:
+    """What the family shares, as far as the servers that were measured said so themselves."""
+    measured = {v.policy: v.server.get("calibration") for v in card.record.variants}
+    calibrations = {measured[policy] for policy in card.family}
+    if len(calibrations) == 1 and None not in calibrations:
+        return (
+            "They differ only in which linear layers of the transformer are quantized; everything "
+            "else stays BF16, and all share the scales of one calibration."
+        )
+    return "Whatever a policy does not quantize stays BF16."
+
+
 def _quantized_layers(card: Card) -> str:
     """The globs of the policy's rules, as the checkpoint itself states them."""
-    rules = card.facts.get("rules")
-    assert isinstance(rules, list)
-    return ", ".join(f"`{rule['layers']}`" for rule in rules if rule["spec"])
+    return ", ".join(f"`{rule.layers}`" for rule in card.facts.rules if rule.spec)
 
 
 TOY_WARNING = (
@@ -239,24 +191,16 @@ def _numbers(record: Record, row: Row) -> str:
     if row.policy == REFERENCE:
         return f"{latency}, {memory}"
     return (
-        f"{latency}, {row.latency_change:+.1%} vs BF16; {memory}, "
+        f"{latency}, {row.latency_change:+z.1%} vs BF16; {memory}, "
         f"{abs(row.memory_saving):.1%} {'less' if row.memory_saving >= 0 else 'more'} than BF16"
     )
 
 
-def _db(row: Row) -> str:
-    text = db_text(row.psnr_db)
-    return text if text == "identical" else f"{text} dB"
-
-
-def _how_to_get(policy: str, record: Record) -> str:
-    if policy in STATIC_POLICIES:
+def _how_to_get(policy: str, card: Card) -> str:
+    if policy in card.family:
         return "The repositories of the family are listed below."
-    source = record.model if record.is_test_model else UPSTREAM
-    return (
-        f"It needs no separate download: `zimage-fp8 serve {source} --policy {policy}`. The "
-        "checkpoints of this family are for static scales, calibrated once and frozen on disk."
-    )
+    command = f"zimage-fp8 serve {card.record.model} --policy {policy}"
+    return f"It needs no separate download: `{command}`."
 
 
 def _quick_start(card: Card) -> str:
@@ -326,8 +270,7 @@ def _comparisons(card: Card) -> str:
     prompts = card.record.parameters.prompts
     shown = [
         f"**Prompt {index}**: {prompt}\n\n"
-        f"[![comparison {index}](images/comparison-prompt{index}.png)]"
-        f"(images/comparison-prompt{index}.png)"
+        f"[![comparison {index}](images/{grid_name(index)})](images/{grid_name(index)})"
         for index, prompt in enumerate(prompts)
     ]
     lead = f"The same {len(prompts)} prompts drawn by every variant from identical seeds."
@@ -335,15 +278,15 @@ def _comparisons(card: Card) -> str:
 
 
 def _calibration(card: Card) -> str:
-    calibration = card.facts.get("calibration")
-    if not isinstance(calibration, dict):
+    calibration = card.facts.calibration
+    if calibration is None:
         return "The activation scales are computed per token at run time; nothing is calibrated."
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in calibration["sigmas"])
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in calibration.sigmas)
     return (
-        f"{calibration['prompts']} prompts × {calibration['forwards']} forwards of the real "
-        f"denoise loop at {calibration['size']}, {calibration['dtype']}, seeds from "
-        f"{calibration['seed']}. Sigmas: {sigmas}. A scale is the largest magnitude seen divided "
-        f"by 448. Digest of the calibration: `{card.facts.get('calibration_digest')}`."
+        f"{calibration.prompts} prompts × {calibration.forwards} forwards of the real denoise loop "
+        f"at {calibration.size}, {calibration.dtype}, seeds from {calibration.seed}. Sigmas: "
+        f"{sigmas}. A scale is the largest magnitude seen divided by 448. Digest of the "
+        f"calibration: `{card.facts.calibration_digest}`."
     )
 
 
@@ -355,23 +298,22 @@ def _family(card: Card) -> str:
 
 
 def _attribution(card: Card) -> str:
-    record = card.record
-    quantized_by = f"zimage-fp8 {card.facts.get('version')}, in NVIDIA ModelOpt's FP8 format"
-    origin = (
-        TOY_ORIGIN if record.is_test_model else f"Apache 2.0, inherited from upstream {UPSTREAM}."
-    )
+    record, facts = card.record, card.facts
     return "\n".join(
         f"- {line}"
         for line in (
-            origin,
-            f"Quantization: {quantized_by}.",
+            ORIGINS.get(record.model, f"The licence is that of {card.base_model}."),
+            f"Quantization: zimage-fp8 {facts.version}, in NVIDIA ModelOpt's format "
+            f"{facts.algorithm}.",
             f"Serving and measurement: zimage-fp8 {record.versions.get('zimage-fp8')}.",
             f"Benchmarked on {hardware(record)}, {record.created[:10]}.",
         )
     )
 
 
-TOY_ORIGIN = (
-    "Apache 2.0. Trained on Fluent Emoji 3D pictures (Microsoft, MIT) with labels from "
-    "emojibase-data (MIT)."
-)
+# Models whose licence this program knows: Apache 2.0, both of them.
+ORIGINS = {
+    UPSTREAM: f"Apache 2.0, inherited from upstream {UPSTREAM}.",
+    EMBEDDED: "Apache 2.0. Trained on Fluent Emoji 3D pictures (Microsoft, MIT) with labels from "
+    "emojibase-data (MIT).",
+}

@@ -1,0 +1,80 @@
+"""What a checkpoint of ours says of its making, parsed from its transformer/config.json."""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from zimage_fp8.bench.record import first_problem
+from zimage_fp8.checkpoint.dialects import CONFIG_KEY, OWN_KEY
+from zimage_fp8.errors import ZImageError
+from zimage_fp8.numerics import QuantSpec
+
+
+class RuleFacts(BaseModel):
+    """One rule of the policy: a glob over layers, and how they are quantized or None."""
+
+    layers: str
+    spec: QuantSpec | None
+
+
+class CalibrationFacts(BaseModel):
+    prompts: int
+    forwards: int
+    sigmas: list[float]
+    size: str
+    seed: int
+    dtype: str
+
+
+class CheckpointFacts(BaseModel):
+    """`algorithm` is ModelOpt's name of the format; calibration is None without static scales."""
+
+    algorithm: str
+    policy: str
+    version: str
+    base_model: str
+    base_fingerprint: str
+    rules: list[RuleFacts] = Field(min_length=1)
+    calibration: CalibrationFacts | None = None
+    calibration_digest: str | None = None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How every quantized layer is quantized: a checkpoint has one algorithm."""
+        return next(rule.spec for rule in self.rules if rule.spec)
+
+    @model_validator(mode="after")
+    def _agree_with_themselves(self) -> "CheckpointFacts":
+        specs = {rule.spec for rule in self.rules if rule.spec}
+        if len(specs) != 1:
+            raise ValueError(f"the rules state {len(specs)} ways to quantize, expected one")
+        if any(spec.is_static for spec in specs) != (self.calibration is not None):
+            raise ValueError("static scales and a calibration go together, here is one of the two")
+        return self
+
+
+def read_facts(checkpoint: Path) -> CheckpointFacts | None:
+    """The facts; None for a folder that is no quantized model, or one of another program.
+
+    Raises ZImageError when config.json or the facts in it are damaged.
+    """
+    path = checkpoint / "transformer" / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ZImageError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ZImageError(f"{path} holds a {type(config).__name__}, expected an object")
+    quantization = config.get(CONFIG_KEY)
+    if not isinstance(quantization, dict) or OWN_KEY not in quantization:
+        return None
+    own = quantization[OWN_KEY]
+    if not isinstance(own, dict):
+        raise ZImageError(f"{path}: {OWN_KEY} is a {type(own).__name__}, expected an object")
+    try:
+        return CheckpointFacts.model_validate({"algorithm": quantization.get("quant_algo"), **own})
+    except ValidationError as error:
+        raise ZImageError(f"{path}: {OWN_KEY}: {first_problem(error)}") from None
