@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 
 from zimage_fp8 import __version__
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest
+from zimage_fp8.model.pipeline import MAX_STEPS, GeneratedImage, ImageRequest
 from zimage_fp8.protocol import MAX_SEED, ImagesRequest, parse_images_request, parse_size
 from zimage_fp8.serve.failures import answer_failures
 from zimage_fp8.serve.guard import Guard, allow_origins, read_body
@@ -55,7 +55,7 @@ class ServeOptions:
     names: Sequence[str] = ()
     max_waiting: int = 32
     max_pixels: int = 2048 * 2048
-    max_steps: int = 100
+    max_steps: int = MAX_STEPS
     max_body_bytes: int = 2**20
     embed_metadata: bool = True
     log_prompts: bool = False
