@@ -161,7 +161,7 @@ BAD_BODIES: dict[str, tuple[object, str | None]] = {
     ),
     "two guidances": ({"prompt": "x", "cfg_scale": 2, "guidance_scale": 2}, "cfg_scale"),
     "half a cfg scale": ({"prompt": "x", "cfg_scale": 0.5}, "cfg_scale"),
-    "more steps than allowed": ({"prompt": "x", "steps": 101}, "num_inference_steps"),
+    "more steps than allowed": ({"prompt": "x", "steps": 201}, "num_inference_steps"),
     "more pixels than allowed": ({"prompt": "x", "size": "4096x2048"}, "size"),
     "transparency": ({"prompt": "x", "background": "transparent"}, "background"),
 }

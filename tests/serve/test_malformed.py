@@ -53,7 +53,7 @@ WRONG: dict[str, list[object]] = {
     "size": ["", "64", "64x", "x64", "-64x64", "64x64x64", 64, [64, 64], "63x64", "99999x99999"],
     "seed": [-1, 2**53, 2**70, 0.5, "x", [], {}],
     "steps": [0, -5, 10**9, 2**80, "many", [], 0.1],
-    "num_inference_steps": [-1, 101, "x", {}],
+    "num_inference_steps": [-1, 201, "x", {}],
     "guidance_scale": ["x", [], {}],
     "cfg_scale": [-1, 0.5, "x", []],
     "width": [64, "wide", -64],
