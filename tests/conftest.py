@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
-# Idle threads sleep instead of spinning: beside other work on two cores that is 30 times faster.
+# Idle threads sleep instead of spinning, which starves other work on two cores (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from importlib.metadata import PackageNotFoundError, version

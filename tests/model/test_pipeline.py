@@ -69,7 +69,7 @@ def test_latents_equal_diffusers_from_prompt_to_end(
     ).images
     assert len(calls) == (16 if guidance else 8)
     same_bits(torch.tensor(schedule(8, nano.shift)), reference.scheduler.sigmas)  # type: ignore[attr-defined]
-    # Measured 2e-6: 27 blocks x 8 steps of fp32 sums in another order.
+    # Measured 2.8e-7, 3.0e-7 and, with guidance, 5.3e-7.
     assert relative_error(latent, expected) <= 1e-5
 
 
@@ -134,7 +134,7 @@ def test_bf16_is_close_to_fp32_in_the_picture(nano: Pipeline) -> None:
     wide = nano.generate(request).pixels.astype(float)
     narrow = load_pipeline("nano", dtype="bfloat16", device="cpu").generate(request).pixels
     mse = ((wide - narrow) ** 2).mean()
-    assert mse < 255**2 / 10 ** (40 / 10)  # 40 dB; measured 50 and more
+    assert mse < 255**2 / 10 ** (40 / 10)  # 40 dB; measured 51, and 47 to 53 on seeds 1-4
 
 
 def test_an_unknown_model_says_what_to_give(tmp_path: Path) -> None:

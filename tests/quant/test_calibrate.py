@@ -64,8 +64,8 @@ def test_static_scales_are_amax_over_448_of_an_independent_measurement(
     assert set(calibration.amax) == set(plan.quantized)
     for layer in plan.quantized:
         scale = calibration.input_scale(layer, E4M3_STATIC).item()
-        # Equal up to the fp32 noise between two implementations of the same sums.
-        assert scale == pytest.approx(theirs[layer] / 448, rel=5e-6), layer
+        # fp32 noise between two implementations of the same sums: measured 6.4e-7 at most.
+        assert scale == pytest.approx(theirs[layer] / 448, rel=2e-6), layer
 
 
 def test_the_schedule_is_recorded_and_ends_with_a_forward_at_zero(

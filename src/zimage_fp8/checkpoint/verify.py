@@ -48,8 +48,8 @@ from zimage_fp8.quant.policy import (
     resolve,
 )
 
-# A linear layer multiplies its input's size by about rms(weight) · sqrt(inputs). Trained ones lie
-# within a factor of a few of 1; an inverted scale is off by (448 / amax)², a million and more.
+# A linear layer multiplies its input's size by about rms(weight) · sqrt(inputs): 0.9 to 1.9 for
+# nano's 182. Inverting a scale multiplies that by (448 / amax)², at least 3e5 there.
 ABSURD_GAIN = 1e3
 
 OnLayer = Callable[[int, int], None]
