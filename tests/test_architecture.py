@@ -95,9 +95,9 @@ def test_imports_point_down(path: Path) -> None:
         wrong = [
             (name, line)
             for name, line, top in own_imports(path)
-            if top and name not in ("errors", "terminal")
+            if top and name.partition(".")[0] not in ("cli", "errors", "terminal")
         ]
-        assert not wrong, f"cli.py imports a verb inside the verb's function: {wrong}"
+        assert not wrong, f"the command line imports a verb inside the verb's function: {wrong}"
         return
     allowed = allowed_imports()
     assert unit in allowed, f"{unit} is new: give it a place in LAYERS or BESIDE"

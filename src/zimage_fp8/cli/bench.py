@@ -1,0 +1,67 @@
+"""bench and card: measure every policy, and write the model cards from the numbers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zimage_fp8.cli.options import Device, Dtype, Model, parse_size
+
+
+def bench(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the record, the report and pictures.")],
+    policies: Annotated[
+        list[str], typer.Option(help="`all` (BF16, online_fp8, the seven static), or names.")
+    ] = ["all"],  # noqa: B006 - typer copies it
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one per line; three fit to MODEL by default.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="One per prompt; from 1235 by default.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WxH; fit to MODEL by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoise steps.")] = 8,
+    guidance: Annotated[float, typer.Option(help="0 is off; sent explicitly.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Pictures drawn before timing.")] = 1,
+    runs: Annotated[int | None, typer.Option(help="Timed pictures; one per prompt.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Measure every policy over HTTP, each in a fresh server: time, memory, PSNR, SSIM, pictures.
+
+    zimage-fp8 bench nano --policies all --out results
+    """
+    from zimage_fp8.bench import bench as measure
+    from zimage_fp8.model.calibration import read_prompts
+
+    report = measure(
+        model,
+        out=out,
+        policies=policies,
+        prompts=read_prompts(prompts) if prompts else None,
+        seeds=seeds,
+        size=parse_size(size),
+        steps=steps,
+        guidance=guidance,
+        warmup=warmup,
+        runs=runs,
+        dtype=dtype,
+        device=device,
+    )
+    print(report)
+
+
+def card(
+    checkpoints: Annotated[Path, typer.Argument(help="The folder with one folder per policy.")],
+    results: Annotated[Path, typer.Option(help="The record.json that bench wrote.")],
+    namespace: Annotated[str, typer.Option(help="Your name on the Hub.")] = "your-name",
+) -> None:
+    """Write README.md, the model card, into each checkpoint, from measured numbers.
+
+    zimage-fp8 card results/checkpoints --results results/record.json
+    """
+    from zimage_fp8.card import write_cards
+
+    for written in write_cards(checkpoints, results, namespace=namespace):
+        print(written)
