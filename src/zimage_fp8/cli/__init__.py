@@ -13,9 +13,9 @@ import typer
 
 from zimage_fp8 import __version__
 from zimage_fp8.cli.bench import bench, card
-from zimage_fp8.cli.options import app
 from zimage_fp8.cli.doctor import doctor
 from zimage_fp8.cli.generate import generate, inspect
+from zimage_fp8.cli.options import app
 from zimage_fp8.cli.quantize import quantize, verify
 from zimage_fp8.cli.serve import serve
 from zimage_fp8.errors import ZImageError
