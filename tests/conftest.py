@@ -14,6 +14,10 @@ import torch
 
 SOURCE = Path(__file__).parents[1] / "src" / "zimage_fp8"
 
+# Without a GPU, Triton's kernels run in its interpreter. Read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two threads, what CI has: sums are split alike on every machine, so a measured threshold holds.
 torch.set_num_threads(2)
 
@@ -66,6 +70,22 @@ def nan_in_fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_counts_under_numpy_2_4() -> None:
+    """Triton 3.6's interpreter makes loop bounds with `int(array of one)`, which NumPy now refuses."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 @pytest.fixture(scope="session")

@@ -8,41 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_variant, save_pictures
+from fake_family import ROW, make_checkpoint, make_family
+from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_variant
 from zimage_fp8.bench.grid import grid_name
 from zimage_fp8.bench.record import VariantRecord, write_record
 from zimage_fp8.card import write_cards
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.quant.policy import STATIC_POLICIES
-
-CALIBRATION = {
-    "prompts": 8, "forwards": 9, "sigmas": [1.0, 0.9545454, 0.3, 0.0, 0.0], "size": "1024x1024",
-    "seed": 0, "dtype": "bfloat16", "versions": {},
-}  # fmt: skip
-
-
-STATIC = {"format": "e4m3", "weight": "per-tensor", "activation": "static-per-tensor"}
-ROW = {"format": "e4m3", "weight": "per-channel", "activation": "dynamic-per-token"}
-
-
-def make_checkpoint(folder: Path, policy: str, base_model: str, **changes: object) -> None:
-    facts = {
-        "policy": policy,
-        "version": "0.1.0",
-        "base_model": base_model,
-        "base_fingerprint": "0",
-        "calibration": CALIBRATION,
-        "calibration_digest": DIGEST,
-        "rules": [
-            {"layers": "*.adaLN_modulation.*", "spec": None, "why": ""},
-            {"layers": "*.feed_forward.w[123]", "spec": STATIC, "why": ""},
-        ],
-        **changes,
-    }
-    (folder / "transformer").mkdir(parents=True)
-    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "zimage_fp8": facts}
-    config = {"quantization_config": quantization}
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(params=[False, True], ids=["full size", "nano"])
@@ -53,11 +25,7 @@ def is_test_model(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def family(tmp_path: Path, is_test_model: bool) -> Path:
     """A finished benchmark: record.json, pictures, and seven checkpoints in checkpoints/."""
-    record = make_record(on_gpu=not is_test_model, is_test_model=is_test_model)
-    save_pictures(record, tmp_path)
-    write_record(record, tmp_path / "record.json")
-    for policy in STATIC_POLICIES:
-        make_checkpoint(tmp_path / "checkpoints" / policy, policy, record.model)
+    make_family(tmp_path, make_record(on_gpu=not is_test_model, is_test_model=is_test_model))
     return tmp_path
 
 
@@ -65,7 +33,7 @@ def family(tmp_path: Path, is_test_model: bool) -> Path:
 def cards(family: Path) -> dict[str, str]:
     """policy -> README.md"""
     written = write_cards(family / "checkpoints", family / "record.json", namespace="me")
-    return {path.parent.name: path.read_text() for path in written}
+    return {card.policy: card.readme.read_text() for card in written}
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -156,7 +124,8 @@ def test_every_picture_a_card_shows_lies_beside_it(family: Path, cards: dict[str
 
 def test_a_single_checkpoint_has_a_card_too(family: Path) -> None:
     (card,) = write_cards(family / "checkpoints/full", family / "record.json", namespace="me")
-    assert card == family / "checkpoints/full/README.md"
+    assert card.readme == family / "checkpoints/full/README.md"
+    assert card.readme.is_file()
 
 
 def test_a_folder_without_checkpoints_is_refused(family: Path) -> None:
@@ -182,7 +151,8 @@ class TestOneFamily:
     """What does not depend on the model."""
 
     def write(self, family: Path) -> list[Path]:
-        return write_cards(family / "checkpoints", family / "record.json", namespace="me")
+        cards = write_cards(family / "checkpoints", family / "record.json", namespace="me")
+        return [card.readme for card in cards]
 
     def cards_in(self, family: Path) -> list[Path]:
         return list(family.glob("checkpoints/*/README.md"))
@@ -245,8 +215,8 @@ class TestOneFamily:
     ) -> None:
         self.replace_record(family, model=model, is_test_model=False)
         make_checkpoint(family / "other", "full", model)
-        (readme,) = write_cards(family / "other", family / "record.json", namespace="me")
-        data = front_matter(readme.read_text())
+        (card,) = write_cards(family / "other", family / "record.json", namespace="me")
+        data = front_matter(card.readme.read_text())
         assert data["base_model"] == base
         assert data.get("license") == ("apache-2.0" if model == "nano" else None)
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from compare import same_bits
-from zimage_fp8.numerics import AMAX_FLOOR, DTYPE, QMAX, amax, dequantize, quantize, scale_of
+from zimage_fp8.numerics import (
+    AMAX_FLOOR,
+    DTYPE,
+    QMAX,
+    amax,
+    dequantize,
+    quantize,
+    rotation_group,
+    scale_of,
+)
 
 E4M3 = DTYPE["e4m3"]
 
@@ -77,3 +86,48 @@ def test_amax_per_row_keeps_the_row_axis() -> None:
     found = amax(x, per_row=True)
     assert found.dtype == torch.float32
     assert found.tolist() == [[5.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (0.5, 0),  # ties go to the even code
+        (1.5, 2),
+        (2.5, 2),
+        (-0.5, 0),
+        (-1.5, -2),
+        (0.51, 1),
+        (126.5, 126),
+        (127.0, 127),
+        (-128.0, -127),  # the grid is symmetric: -128 is never used
+        (1e9, 127),
+        (-math.inf, -127),
+    ],
+)
+def test_int8_codes_at_scale_one(x: float, expected: int) -> None:
+    q = quantize(torch.tensor([x]), torch.tensor(1.0), "int8")
+    assert q.dtype == torch.int8
+    assert q.tolist() == [expected]
+
+
+def test_nan_survives_in_the_scale_of_int8() -> None:
+    x = torch.tensor([[math.nan, 1.0], [2.0, 1.0]])
+    scale = scale_of(amax(x, per_row=True), "int8")
+    x_hat = dequantize(quantize(x, scale, "int8"), scale)
+    assert x_hat.isnan().all(-1).tolist() == [True, False]
+
+
+def test_int8_error_is_a_share_of_the_largest_value() -> None:
+    """A grid of steps `amax / 127` has an error of step / sqrt(12) rms."""
+    x = torch.rand(2**16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    scale = scale_of(amax(x), "int8")
+    error = (dequantize(quantize(x, scale, "int8"), scale) - x).pow(2).mean().sqrt()
+    assert error == pytest.approx(1 / 127 / math.sqrt(12), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("channels", "group"),
+    [(3840, 256), (10240, 256), (512, 256), (192, 64), (96, 16), (48, 16), (20, 4), (15, 1)],
+)
+def test_rotation_groups(channels: int, group: int) -> None:
+    assert rotation_group(channels) == group

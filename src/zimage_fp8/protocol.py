@@ -6,8 +6,8 @@ Every failure has OpenAI's one shape: `{"error": {"message", "type", "param", "c
 """
 
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -42,7 +42,10 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "background": ("auto", "opaque"),
     "quality": tuple(QUALITY_STEPS),
 }
-REFUSED = ("svg", "frame_count", "frame_duration_ms")
+REFUSED = ("svg", "frame_count", "frame_duration_ms", "markup")
+
+# Of a picture that is edited, so much of the way from noise is walked anew.
+DEFAULT_STRENGTH = 0.6
 
 # Values of fields we do not implement that ask for nothing, so that nobody needs a warning.
 NEUTRAL = ("auto", 0, False)
@@ -118,10 +121,56 @@ class ImagesRequest(BaseModel):
         return not self.model_fields_set.isdisjoint({"num_inference_steps", "steps"})
 
 
+class ImageReference(BaseModel):
+    """A picture inside JSON, as OpenAI's newer body names it. No address is ever fetched."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_url: str
+
+
+class EditsRequest(ImagesRequest):
+    """The body of POST /v1/images/edits: one picture, and what to make of it.
+
+    Pictures are data URLs here; in a form they are files. `strength` is how much is drawn anew:
+    above 0 to 1, which forgets the picture. `mask` is a picture of the same size, transparent
+    where it is to be drawn anew.
+    """
+
+    strength: float | None = Field(default=None, gt=0, le=1)
+    image: str | list[str] | None = None
+    images: list[ImageReference] | None = None
+    mask: str | ImageReference | None = None
+
+    def strength_for(self, has_mask: bool) -> float:
+        """What was sent, else a default: a masked part is drawn wholly anew."""
+        if self.strength is not None:
+            return self.strength
+        return 1.0 if has_mask else DEFAULT_STRENGTH
+
+
+AnyRequest = TypeVar("AnyRequest", bound=ImagesRequest)
+
+
 def parse_images_request(body: bytes) -> ImagesRequest:
     """The request in `body`. Raises UsageError naming the first field that is wrong."""
+    return _parsed(lambda: ImagesRequest.model_validate_json(body))
+
+
+def parse_edits_request(body: bytes | Mapping[str, str]) -> EditsRequest:
+    """The request in a JSON `body`, or in the text fields of a form, where empty means absent.
+
+    Raises UsageError naming the first field that is wrong.
+    """
+    if isinstance(body, bytes):
+        return _parsed(lambda: EditsRequest.model_validate_json(body))
+    fields = {name: text for name, text in body.items() if text or name == "prompt"}
+    return _parsed(lambda: EditsRequest.model_validate(fields))
+
+
+def _parsed(validate: Callable[[], AnyRequest]) -> AnyRequest:
     try:
-        request = ImagesRequest.model_validate_json(body)
+        request = validate()
     except ValidationError as error:
         raise _usage_error(error) from None
     _refuse_what_we_lack(request)
@@ -220,13 +269,14 @@ class RunFacts(BaseModel):
     """What the server did for this request, in the block `zimage_fp8`.
 
     `nfe` counts forwards of the transformer over all n images; `timings_s` are sums over them,
-    except `queue`, the wait before the first. `server` is the server's self-description.
+    except `queue`, the wait before the first. `strength` is there when a picture was edited. `server` is the server's self-description.
     """
 
     policy: str
     steps: int
     nfe: int
     guidance: float
+    strength: float | None = None
     sigmas: list[float]
     timings_s: dict[str, float]
     peak_memory_bytes: dict[str, int]
@@ -262,7 +312,12 @@ class StreamEvent(BaseModel):
     picture: there are no other types.
     """
 
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
     created_at: int
     size: str
     quality: str

@@ -28,7 +28,7 @@ def test_an_identical_picture_stays_valid_json(tmp_path: Path) -> None:
 
 def with_infinite_psnr(record: Record) -> Record:
     raw = record.model_dump()
-    raw["variants"][1]["requests"][0]["quality"] = Quality(psnr_db=float("inf"), ssim=1.0)
+    raw["passes"][0]["variants"][1]["requests"][0]["quality"] = Quality(psnr_db=float("inf"), ssim=1.0)
     return Record.model_validate(raw)
 
 
@@ -40,7 +40,7 @@ def test_a_missing_record_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema version 2, this program reads 1"),
+        ({"schema_version": 3}, "schema version 3, this program reads 1 and 2"),
         ({"schema_version": None}, "schema version None"),
         ({"machine": "mine"}, "damaged: machine"),
         ({"surprise": 1}, "damaged: surprise"),
@@ -56,23 +56,26 @@ def test_other_records_are_refused(tmp_path: Path, change: dict[str, object], me
 Raw = dict[str, Any]
 
 
-def forget_memory(raw: Raw) -> None:
-    raw["variants"][1]["peak_memory_bytes"] = {}
+def variants(raw: Raw) -> list[Raw]:
+    return raw["passes"][0]["variants"]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw["variants"].clear(), "the reference bf16_base is missing"),
-        (lambda raw: raw["variants"].pop(0), "the reference bf16_base is missing"),
-        (lambda raw: raw["variants"][1]["requests"].clear(), r"variants\.1\.requests"),
-        (lambda raw: raw["variants"][1]["requests"].pop(), "online_fp8 did not draw every prompt"),
+        (lambda raw: variants(raw).clear(), "holds no variant that was measured"),
+        (lambda raw: variants(raw).pop(0), "the reference bf16_base is missing"),
+        (lambda raw: variants(raw)[1]["requests"].clear(), r"variants\.1\.requests"),
+        (lambda raw: variants(raw)[1]["requests"].pop(), "online_fp8 did not draw every prompt"),
         (
-            lambda raw: raw["variants"][1]["requests"][0].pop("quality"),
+            lambda raw: variants(raw)[1]["requests"][0].pop("quality"),
             "online_fp8 is not compared",
         ),
-        (forget_memory, "no memory was measured in the same way"),
-        (lambda raw: raw["parameters"]["seeds"].pop(), "one seed per prompt"),
+        (lambda raw: variants(raw)[1].update(name="full"), "two are named full"),
+        (lambda raw: raw["parameters"]["seeds"].pop(), "one seed and one stratum per prompt"),
+        (lambda raw: raw["parameters"]["strata"].pop(), "one seed and one stratum per prompt"),
+        (lambda raw: raw["parameters"]["sizes"].clear(), "sizes is empty"),
+        (lambda raw: raw["passes"].clear(), "passes"),
     ],
 )
 def test_a_record_without_what_tables_need_is_damaged(
@@ -88,7 +91,7 @@ def test_a_record_without_what_tables_need_is_damaged(
 
 def test_memory_is_compared_by_a_method_that_every_variant_has() -> None:
     raw = make_record().model_dump()
-    for variant in raw["variants"]:
+    for variant in raw["passes"][0]["variants"]:
         variant["peak_memory_bytes"]["torch_reserved"] = 1
-    del raw["variants"][3]["peak_memory_bytes"]["nvml_process"]
+    del raw["passes"][0]["variants"][3]["peak_memory_bytes"]["nvml_process"]
     assert Record.model_validate(raw).memory_method == "torch_reserved"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fake_record import NUMBERS, make_record, save_pictures
+from fake_record import NUMBERS, changed, make_record, save_pictures
 from zimage_fp8.bench.grid import draw_grid
-from zimage_fp8.bench.record import Quality, Record, read_record, write_record
+from zimage_fp8.bench.record import Quality, read_record, write_record
 from zimage_fp8.bench.report import notes, render_report, write_report
 from zimage_fp8.bench.table import BEST, close_to_best, rows
 
@@ -19,14 +19,6 @@ def table_rows(markdown: str) -> dict[str, list[str]]:
         cells = [cell.strip(" *") for cell in line.strip("| ").split(" | ")]
         found.setdefault(cells[0].removesuffix(BEST).strip(), cells)
     return found
-
-
-def changed(record: Record, policy: str, **changes: object) -> Record:
-    variants = [
-        variant.model_copy(update=changes) if variant.policy == policy else variant
-        for variant in record.variants
-    ]
-    return record.model_copy(update={"variants": variants})
 
 
 @pytest.mark.parametrize("policy", NUMBERS)

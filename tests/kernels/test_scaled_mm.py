@@ -8,6 +8,22 @@ from zimage_fp8.kernels.scaled_mm import scaled_mm, scaled_mm_reference
 from zimage_fp8.numerics import DTYPE
 
 
+@pytest.mark.parametrize("rows", [1, 63])
+@pytest.mark.parametrize("columns", [64, 2048])  # 2,048 · 127² passes 2^24: fp32 sums would round
+def test_int8_sums_exactly(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(100, 128, (rows, columns), generator=generator).to(torch.int8)
+    weight = torch.randint(100, 128, (96, columns), generator=generator).to(torch.int8)
+    one = torch.ones(rows, 1)
+    total = (q.double() @ weight.double().T).float()
+    same_bits(scaled_mm(q, one, weight, torch.ones(96), torch.float32), total)
+    scale, weight_scale = torch.rand(rows, 1) + 0.1, torch.rand(96) + 0.1
+    got = scaled_mm(q, scale, weight, weight_scale, torch.bfloat16)
+    same_bits(got, (total * scale * weight_scale).to(torch.bfloat16))
+    arguments = (q, scale, weight, weight_scale, torch.float32)
+    assert sqnr_db(scaled_mm(*arguments), scaled_mm_reference(*arguments)) > 120
+
+
 def codes(*shape: int, seed: int) -> torch.Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 100
     return x.clamp(-448, 448).to(DTYPE["e4m3"])

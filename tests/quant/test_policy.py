@@ -6,7 +6,7 @@ import pytest
 
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import ZImageConfig, linear_shapes
-from zimage_fp8.numerics import E4M3_DYNAMIC, E4M3_ROW, E4M3_STATIC
+from zimage_fp8.numerics import E4M3_DYNAMIC, E4M3_ROW, E4M3_STATIC, INT8_ROT
 from zimage_fp8.quant.policy import PRESETS, STATIC_POLICIES, find_policy, resolve
 
 FULL_SIZE = linear_shapes(ZImageConfig())
@@ -46,6 +46,7 @@ def test_what_breaks_pictures_is_kept_and_says_why() -> None:
 def test_online_and_row_policies_need_no_calibration() -> None:
     assert PRESETS["online_fp8"].specs == {E4M3_DYNAMIC}
     assert PRESETS["fp8-row"].specs == {E4M3_ROW}
+    assert PRESETS["int8-rot"].specs == {INT8_ROT}
     assert not PRESETS["online_fp8"].is_static
     assert not PRESETS["bf16_base"].is_static
     assert resolve(PRESETS["bf16_base"], FULL_SIZE).quantized == []

@@ -46,6 +46,8 @@ def events(server: Live, **body: object) -> list[dict[str, object]]:
     assert response.headers["content-type"].startswith("text/event-stream")
     found = []
     for block in response.text.split("\n\n")[:-1]:
+        if block.startswith(":"):
+            continue
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         data = json.loads(fields["data"])
         assert fields.get("event") == data.get("type")
@@ -86,6 +88,15 @@ def test_previews_of_several_pictures_are_told_apart(server: Live) -> None:
     assert [(event["index"], event.get("partial_image_index")) for event in found] == [
         (0, 0), (0, None), (1, 0), (1, None),
     ]  # fmt: skip
+
+
+def test_comments_tell_every_step(server: Live) -> None:
+    body = {"prompt": "x", "stream": True, "n": 2, "num_inference_steps": 2}
+    response = httpx2.post(f"{server.url}{PATH}", json=body, timeout=30, trust_env=False)
+    told = [line for line in response.text.splitlines() if line.startswith(": step")]
+    assert told == [
+        f": step {done}/2 of picture {index}" for index in range(2) for done in range(3)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,33 +7,44 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import psutil
 
+from zimage_fp8.bench.engines import LOCALHOST
+from zimage_fp8.bench.gpu import Driver
 from zimage_fp8.errors import ZImageError
 
-LOCALHOST = "127.0.0.1"
 START_TIMEOUT_S = 1800  # a first start may download 20 GB
 STOP_TIMEOUT_S = 30
+BASELINE_SLACK_BYTES = 256 * 2**20  # what a driver may keep, and other programs' small changes
 LOG_TAIL_LINES = 25
 
 
 @dataclass(frozen=True)
 class Server:
-    """A started server process; `url` answers once `wait_until_healthy` has returned."""
+    """A started server process; `url` answers once `wait_until_healthy` has returned.
+
+    gpu_before: bytes in use on the GPU before it was started, None where that is unknown.
+    """
 
     command: list[str]
     url: str
     process: subprocess.Popen[bytes]
     log: Path
     started: float
+    gpu_before: int | None = None
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def wait_until_healthy(self, timeout_s: float = START_TIMEOUT_S) -> float:
         """Seconds from start to health. Raises ZImageError with the log's tail when it ends."""
@@ -53,36 +64,74 @@ class Server:
         return ZImageError(f"{what}: {' '.join(self.command)}\n{tail}", hint=f"see {self.log}")
 
 
-@contextlib.contextmanager
-def start_server(arguments: Sequence[str], log: Path) -> Iterator[Server]:
-    """`zimage-fp8 serve` with these arguments on a free local port, in its own process group.
+def start_server(command: Sequence[str], port: int, log: Path, driver: Driver | None) -> Server:
+    """Run `command`, which will listen on `port`, in its own process group.
 
-    On leaving it is asked to end, then killed, with everything it started.
+    `zimage-fp8` is this very program. Raises ZImageError when there is no such program.
     """
-    port = free_port()
-    command = [
-        sys.executable, "-m", "zimage_fp8", "serve", *arguments,
-        "--host", LOCALHOST, "--port", str(port),
-    ]  # fmt: skip
+    program, *rest = command
+    run = [sys.executable, "-m", "zimage_fp8"] if program == "zimage-fp8" else [program]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    server = Server(command, f"http://{LOCALHOST}:{port}", process, log, time.perf_counter())
-    try:
-        yield server
-    finally:
-        stop(process)
+    gpu_before = driver.used_bytes() if driver else None
+    started = time.perf_counter()
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                [*run, *rest], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise ZImageError(
+                f"cannot run {program!r}: {error.strerror}", hint="install it, or give its path"
+            ) from None
+    url = f"http://{LOCALHOST}:{port}"
+    return Server(list(command), url, process, log, started, gpu_before)
+
+
+def stop_server(server: Server, driver: Driver | None) -> list[str]:
+    """End the server and everything it started; what it left behind, as sentences.
+
+    Waits until its port is free and the GPU's memory is back where it was before.
+    """
+    stop(server.process)
+    left = []
+    if not _wait(lambda: is_free(server.port)):
+        left.append(f"Port {server.port} is still taken after the server's end.")
+    before = server.gpu_before
+    if driver and before is not None:
+        if not _wait(lambda: (driver.used_bytes() or 0) <= before + BASELINE_SLACK_BYTES):
+            extra = ((driver.used_bytes() or 0) - before) / 2**30
+            left.append(f"{extra:.2f} GiB more of the GPU are in use than before the server.")
+    return left
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process group: politely, then by force."""
+    """End the process group: politely, then by force, and whatever has left the group."""
+    family = _family(process.pid)
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, STOP_TIMEOUT_S)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """Descendants, noted before the parent's end: a worker may have a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(psutil.Process(pid).children(recursive=True))
+    return []
+
+
+def _wait(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def free_port() -> int:
@@ -90,3 +139,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOCALHOST, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on it now. Connections that linger do not count, as for it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOCALHOST, port))
+        except OSError:
+            return False
+    return True

@@ -1,20 +1,20 @@
-"""Peak memory of a server process, watched from outside.
+"""Peak memory of a server process, watched from outside, loading apart from drawing.
 
 NVML lists GPU processes by the host's process ids, which are not ours inside a container; so the
 growth of the whole device is watched beside it, and the table prefers the process's own number.
 """
 
 import threading
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import psutil
-import pynvml
 
-from zimage_fp8.bench.record import Gpu
+from zimage_fp8.bench.gpu import Activity, Driver
 
 SAMPLING_HZ = 50.0
+
+Phase = Literal["load", "steady"]
 
 
 class Probe(Protocol):
@@ -38,115 +38,98 @@ class ResidentMemory:
 class GpuProcessMemory:
     method = "nvml_process"
 
-    def __init__(self, pid: int, devices: Sequence[object]) -> None:
+    def __init__(self, pid: int, driver: Driver) -> None:
         self.pid = pid
-        self.devices = devices
+        self.driver = driver
 
     def read(self) -> int:
         ours = {process.pid for process in _process_tree(self.pid)}
-        return sum(
-            entry.usedGpuMemory or 0
-            for device in self.devices
-            for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-            if entry.pid in ours
-        )
+        return self.driver.process_bytes(ours) or 0
 
 
 class GpuGrowth:
-    """Memory in use on all devices above what the first reading saw."""
+    """Memory in use on the GPU above what was used when this was made."""
 
     method = "nvml_device_growth"
 
-    def __init__(self, devices: Sequence[object]) -> None:
-        self.devices = devices
-        self.before: int | None = None
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.before = driver.used_bytes() or 0
 
     def read(self) -> int:
-        used = sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in self.devices)
-        if self.before is None:
-            self.before = used
-        return used - self.before
+        return (self.driver.used_bytes() or 0) - self.before
 
 
-def probes_for(pid: int, *, on_gpu: bool) -> list[Probe]:
+def probes_for(pid: int, driver: Driver | None) -> list[Probe]:
     """The probes that work here. On unified memory (GB10) a device has no memory of its own."""
-    if not on_gpu:
-        return [ResidentMemory(pid)]
-    devices = gpu_devices()
-    candidates: list[Probe] = [GpuProcessMemory(pid, devices), GpuGrowth(devices)]
-    return [probe for probe in candidates if _works(probe)]
-
-
-def _works(probe: Probe) -> bool:
-    try:
-        probe.read()
-    except pynvml.NVMLError:
-        return False
-    return True
+    probes: list[Probe] = [] if driver else [ResidentMemory(pid)]
+    if driver and driver.process_bytes(set()) is not None:
+        probes.append(GpuProcessMemory(pid, driver))
+    if driver and driver.used_bytes() is not None:
+        probes.append(GpuGrowth(driver))
+    return probes
 
 
 class Sampler:
-    """A context in which the probes are read SAMPLING_HZ times a second; `peaks` is the result."""
+    """A thread that reads the probes SAMPLING_HZ times a second until `stop`.
+
+    `phase` is set by the caller: peaks are kept for each. A probe that saw nothing is left out.
+    """
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.probes = probes
         self.num_samples = 0
-        self._peaks = {probe.method: 0 for probe in probes}
+        self.phase: Phase = "load"
+        self._peaks: dict[Phase, dict[str, int]] = {"load": {}, "steady": {}}
+        self._ticker = Ticker(SAMPLING_HZ, self._sample)
+
+    def peaks(self, phase: Phase) -> dict[str, int]:
+        """Peak bytes by method."""
+        return {method: peak for method, peak in self._peaks[phase].items() if peak > 0}
+
+    def stop(self) -> None:
+        """Once or more often; nothing is read afterwards."""
+        self._ticker.stop()
+
+    def _sample(self) -> None:
+        peaks = self._peaks[self.phase]
+        for probe in self.probes:
+            peaks[probe.method] = max(peaks.get(probe.method, 0), probe.read())
+        self.num_samples += 1
+
+
+class GpuMonitor:
+    """A thread that reads clocks, power and throttling into `activity` while it is set."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.activity: Activity | None = None
+        self._ticker = Ticker(SAMPLING_HZ, self._look)
+
+    def stop(self) -> None:
+        self._ticker.stop()
+
+    def _look(self) -> None:
+        if (activity := self.activity) is not None:
+            activity.readings.append(self.driver.read())
+
+
+class Ticker:
+    """Calls `act` `rate_hz` times a second in a thread of its own, from now on until `stop`."""
+
+    def __init__(self, rate_hz: float, act: Callable[[], None]) -> None:
+        self._pause_s, self._act = 1 / rate_hz, act
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="memory sampler", daemon=True)
-
-    @property
-    def peaks(self) -> dict[str, int]:
-        """Peak bytes by method; a probe that saw nothing is left out."""
-        return {method: peak for method, peak in self._peaks.items() if peak > 0}
-
-    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run, name="bench sampler", daemon=True)
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         self._stop.set()
         self._thread.join()
 
-    def _sample(self) -> None:
-        while not self._stop.wait(1 / SAMPLING_HZ):
-            for probe in self.probes:
-                self._peaks[probe.method] = max(self._peaks[probe.method], probe.read())
-            self.num_samples += 1
-
-
-def gpu_devices() -> list[object]:
-    """NVML's handles of all GPUs; empty where there is no NVIDIA driver."""
-    try:
-        pynvml.nvmlInit()
-        return [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-    except pynvml.NVMLError:
-        return []
-
-
-def describe_gpus() -> list[Gpu]:
-    return [
-        Gpu(
-            name=pynvml.nvmlDeviceGetName(device),
-            memory_bytes=_total_bytes(device),
-            driver=pynvml.nvmlSystemGetDriverVersion(),
-        )
-        for device in gpu_devices()
-    ]
-
-
-def _total_bytes(device: object) -> int | None:
-    try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(device).total)
-    except pynvml.NVMLError_NotSupported:
-        return None
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause_s):
+            self._act()
 
 
 def _process_tree(pid: int) -> list[psutil.Process]:

@@ -15,6 +15,8 @@ from zimage_fp8.bench.record import (
     REFERENCE,
     Machine,
     Parameters,
+    Pass,
+    ProfileFacts,
     Record,
     RequestRecord,
     VariantRecord,
@@ -65,7 +67,11 @@ def measure(variant: Variant, workload: Workload) -> VariantRecord:
             warmup, drawn = _draw_all(server, variant.policy, workload)
     requests = [_keep(run, one, variant.policy, workload) for run, one in enumerate(drawn)]
     return VariantRecord(
+        name=variant.policy,
         policy=variant.policy,
+        attention=str(drawn[-1].facts.server.get("attention")),
+        cold_start_s=None,
+        sigmas=drawn[-1].facts.sigmas,
         summary=variant.summary,
         command=variant.recorded_command(workload.model, parameters.dtype, parameters.device),
         server=drawn[-1].facts.server,
@@ -118,10 +124,13 @@ def _keep(run: int, drawn: Drawn, policy: str, workload: Workload) -> RequestRec
     path.write_bytes(drawn.png)
     return RequestRecord(
         prompt=prompt,
+        size=parameters.size,
+        is_timed=True,
+        position=run,
+        sent_s=None,
         seed=parameters.seeds[prompt],
         latency_s=drawn.latency_s,
         nfe=drawn.facts.nfe,
-        sigmas=drawn.facts.sigmas,
         timings_s=drawn.facts.timings_s,
         picture=picture.as_posix(),
         sha256=hashlib.sha256(drawn.png).hexdigest(),
@@ -182,6 +191,15 @@ def describe_run(
         machine=Machine.model_validate({**machine(), "gpus": describe_gpus()}),
         versions=versions(),
         commit=commit(),
+        profile=ProfileFacts(name="default", digest=""),
         parameters=parameters,
-        variants=list(variants),
+        passes=[
+            Pass(
+                name="A",
+                attention=None,
+                order="sequential",
+                order_reason="one after the other",
+                variants=list(variants),
+            )
+        ],
     )

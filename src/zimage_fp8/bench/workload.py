@@ -93,9 +93,9 @@ def choose_parameters(profile: Profile, wishes: Wishes) -> Parameters:
     width, height = wishes.size or profile.size
     parameters = Parameters(
         prompts=prompts,
+        strata=["all"] * len(prompts),
         seeds=list(seeds),
-        width=width,
-        height=height,
+        sizes=[f"{width}x{height}"],
         steps=wishes.steps,
         guidance=wishes.guidance,
         warmup=wishes.warmup,

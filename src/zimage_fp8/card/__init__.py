@@ -13,8 +13,8 @@ from zimage_fp8.errors import ZImageError
 from zimage_fp8.quant.policy import STATIC_POLICIES
 
 
-def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name") -> list[Path]:
-    """Write README.md and images/ into every checkpoint of the family; return the READMEs.
+def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name") -> list[Card]:
+    """Write README.md and images/ into every checkpoint of the family; return the cards.
 
     checkpoints: a folder of checkpoints, or one checkpoint. record: record.json, with its pictures
     beside it. Raises ZImageError, and writes nothing, when a checkpoint or the record is damaged,
@@ -27,9 +27,9 @@ def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name"
     for card in cards:
         pictures = {**grids, **read_pictures(card, record.parent)}
         files |= {card.folder / "images" / name: png for name, png in pictures.items()}
-        files[card.folder / "README.md"] = render_card(card).encode()
+        files[card.readme] = render_card(card).encode()
     write_all(files)
-    return [card.folder / "README.md" for card in cards]
+    return cards
 
 
 def plan_cards(checkpoints: Path, record: Record, namespace: str) -> list[Card]:

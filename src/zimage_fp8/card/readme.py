@@ -38,6 +38,10 @@ class Card:
         return self.facts.policy
 
     @property
+    def readme(self) -> Path:
+        return self.folder / "README.md"
+
+    @property
     def row(self) -> Row:
         return next(row for row in rows(self.record) if row.policy == self.policy)
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from zimage_fp8.checkpoint.shards import TensorInfo
+from zimage_fp8.checkpoint.shards import DTYPE_NAMES, TensorInfo
 from zimage_fp8.errors import ModelError, UsageError
 from zimage_fp8.layout import Shape, fused_name
-from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, QuantSpec
+from zimage_fp8.numerics import DTYPE, E4M3_ROW, E4M3_STATIC, QuantSpec
 from zimage_fp8.quant.policy import Plan, PlanEntry
 
 CONFIG_KEY = "quantization_config"
@@ -183,7 +183,7 @@ def stored_infos(
         if spec is None or not name.endswith(".weight"):
             infos[name] = TensorInfo(float_dtype, shape)
             continue
-        infos[name] = TensorInfo("F8_E4M3", shape)
+        infos[name] = TensorInfo(DTYPE_NAMES[DTYPE[spec.format]], shape)
         per_channel = spec.weight == "per-channel"
         infos[f"{layer}.weight_scale"] = TensorInfo("F32", shape[:1] if per_channel else ())
         if spec.is_static:

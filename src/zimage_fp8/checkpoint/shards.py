@@ -1,8 +1,9 @@
 """Safetensors folders: read strictly, write one tensor at a time and always the same bytes.
 
-Reading uses the safetensors library. Writing does not: the library keeps metadata in a hash map,
-so two runs may write different bytes, and it wants all tensors of a shard in memory at once. The
-format is small enough to stream: 8 bytes of header length, a JSON header, the tensors.
+Reading uses the safetensors library (on the way to a GPU, `staging`). Writing does not: the library
+keeps metadata in a hash map, so two runs may write different bytes, and it wants all tensors of a
+shard in memory at once. The format is small enough to stream: 8 bytes of header length, a JSON
+header, the tensors.
 """
 
 import hashlib
@@ -16,22 +17,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from zimage_fp8.checkpoint.staging import Staging
 from zimage_fp8.errors import CheckpointError, ModelError
 from zimage_fp8.layout import Shape
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SCALE_SUFFIXES = (".weight_scale", ".input_scale")
 FINGERPRINT_BYTES = 256
+CPU = torch.device("cpu")
 
 DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -67,6 +72,8 @@ class ShardReader:
         self.shard_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
+        self._places: dict[str, tuple[int, dict[str, int]]] = {}
+        self._staging: dict[torch.device, Staging] = {}
         problems = [problem for name in self.files for problem in self._read_header(name)]
         problems += _index_problems(folder, self.shard_of)
         if problems:
@@ -101,10 +108,38 @@ class ShardReader:
     def close(self) -> None:
         self._stack.close()
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its dtype on disk."""
-        tensor: Tensor = self._open[self.shard_of[name]].get_tensor(name)
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """One tensor in its dtype on disk. On the CPU it is a view of the file's pages.
+
+        On a GPU the bytes arrive through pinned memory, in the order of the current stream. Raises
+        CheckpointError when the file cannot be read to the tensor's end.
+        """
+        if device.type == "cpu":
+            view: Tensor = self._open[self.shard_of[name]].get_tensor(name)
+            return view
+        info, shard = self.infos[name], self.shard_of[name]
+        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=device)
+        self._fill(tensor, name, shard)
         return tensor
+
+    def _fill(self, tensor: Tensor, name: str, shard: str) -> None:
+        if shard not in self._places:
+            file = os.open(self.folder / shard, os.O_RDONLY)
+            self._stack.callback(os.close, file)
+            self._places[shard] = (file, _data_offsets(file))
+        if tensor.device not in self._staging:
+            self._staging[tensor.device] = Staging(tensor.device)
+            self._stack.callback(self._staging[tensor.device].close)
+        file, offsets = self._places[shard]
+        try:
+            flat = tensor.reshape(-1).view(torch.uint8)
+            self._staging[tensor.device].copy(file, offsets[name], flat)
+        except OSError as error:
+            raise CheckpointError(
+                str(self.folder),
+                [f"{shard}: {name} cannot be read ({error})"],
+                hint="download or copy the files again",
+            ) from error
 
     def shards(self) -> Iterator[tuple[str, list[str]]]:
         """(file name, its tensors) for every shard, in order."""
@@ -122,6 +157,18 @@ class ShardReader:
             first = self.read(name) if not info.shape else view[:1]
             digest.update(raw_bytes(first)[:FINGERPRINT_BYTES])
         return digest.hexdigest()
+
+
+def _data_offsets(file: int) -> dict[str, int]:
+    """Where every tensor of an open safetensors file starts; the library has checked the header."""
+    (length,) = struct.unpack("<Q", os.pread(file, 8, 0))
+    header = json.loads(os.pread(file, length, 8))
+    start = 8 + length
+    return {
+        name: start + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _shard_files(folder: Path) -> list[str]:
@@ -228,5 +275,7 @@ def info_of(tensor: Tensor) -> TensorInfo:
     return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it lies contiguous on the CPU."""
+    flat: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat.data

@@ -70,7 +70,7 @@ def write_checkpoint(
     `out` and is renamed when complete. The same input gives the same bytes.
     """
     with complete_or_nothing(out) as partial:
-        _bring_components(source, partial)
+        bring_components(source, partial)
         if calibration is not None:
             write_calibration(calibration, partial / CALIBRATION_FILE)
         _write_transformer(
@@ -183,7 +183,7 @@ def _with_scales(names: Iterable[str], infos: Mapping[str, TensorInfo]) -> Itera
                 yield scale
 
 
-def _bring_components(source: Path, out: Path) -> None:
+def bring_components(source: Path, out: Path) -> None:
     """Everything but the transformer, as it is: weights hard-linked, small files copied.
 
     A copy of a configuration may be edited without changing the source; weights never are.

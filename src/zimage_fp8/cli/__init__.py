@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from zimage_fp8 import __version__
-from zimage_fp8.cli.bench import bench, card
+from zimage_fp8.cli.bench import bench
+from zimage_fp8.cli.card import card
 from zimage_fp8.cli.doctor import doctor
 from zimage_fp8.cli.generate import generate, inspect
 from zimage_fp8.cli.options import app

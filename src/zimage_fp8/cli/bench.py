@@ -1,4 +1,4 @@
-"""bench and card: measure every policy, and write the model cards from the numbers."""
+"""bench: measure every policy."""
 
 from pathlib import Path
 from typing import Annotated
@@ -50,18 +50,3 @@ def bench(
         device=device,
     )
     print(report)
-
-
-def card(
-    checkpoints: Annotated[Path, typer.Argument(help="The folder with one folder per policy.")],
-    results: Annotated[Path, typer.Option(help="The record.json that bench wrote.")],
-    namespace: Annotated[str, typer.Option(help="Your name on the Hub.")] = "your-name",
-) -> None:
-    """Write README.md, the model card, into each checkpoint, from measured numbers.
-
-    zimage-fp8 card results/checkpoints --results results/record.json
-    """
-    from zimage_fp8.card import write_cards
-
-    for written in write_cards(checkpoints, results, namespace=namespace):
-        print(written)

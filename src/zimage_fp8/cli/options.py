@@ -22,8 +22,8 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there 
 PolicyName = Annotated[
     str | None,
     typer.Option(
-        help="bf16_base, online_fp8, fp8-row, a static policy such as full or ffn-only, one of "
-        "these with blocks (full[0-14], full[!15-29]), or a .toml file."
+        help="bf16_base, online_fp8, fp8-row, int8-rot, a static policy such as full or "
+        "ffn-only, one of these with blocks (full[0-14], full[!15-29]), or a .toml file."
     ),
 ]
 

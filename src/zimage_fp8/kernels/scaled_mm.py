@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zimage_fp8.numerics import dequantize
+from zimage_fp8.numerics import DTYPE, dequantize
 
 
 def scaled_mm_reference(
@@ -21,9 +21,13 @@ def scaled_mm(
     """`(q · scale) @ (weight · weight_scale).T` on 8-bit codes.
 
     q: [tokens, in]; scale: fp32 [] or [tokens, 1]; weight: [out, in]; weight_scale: fp32 [] or
-    [out]. Returns [tokens, out] in `dtype`. On the CPU and in BF16 it equals the reference bit for
-    bit, so tests without a GPU exercise the real arithmetic.
+    [out]. Returns [tokens, out] in `dtype`. On the CPU and in BF16, E4M3 under two scalars equals
+    the reference bit for bit, so tests without a GPU exercise the real arithmetic. INT8 sums
+    exactly, in int32, then multiplies by `scale` and by `weight_scale` in fp32 and rounds once.
     """
+    if q.dtype == DTYPE["int8"]:
+        total = torch._int_mm(q, weight.T)
+        return (total.float() * scale * weight_scale).to(dtype)
     if scale.ndim or weight_scale.ndim:  # `_scaled_mm` takes two scalars or two vectors
         scale = _vector(scale, len(q))[:, None]
         weight_scale = _vector(weight_scale, len(weight))[None]

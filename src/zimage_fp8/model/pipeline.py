@@ -11,12 +11,15 @@ from torch import Tensor
 
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import PATCH
+from zimage_fp8.model.inpainting import blend, inside
 from zimage_fp8.model.sampling import (
     OnStep,
     Velocity,
+    add_noise,
     denoise,
     draw_latent,
     guide,
+    last_part,
     schedule,
     transformer_time,
 )
@@ -33,7 +36,12 @@ MAX_GUIDANCE = 20.0
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One picture. `steps` are denoise steps; `guidance` 0 is off; one seed is one latent."""
+    """One picture. `steps` are denoise steps; `guidance` 0 is off; one seed is one latent.
+
+    source: uint8 [height, width, 3], a picture to start from; then only the last `strength` (above
+    0, to 1) of the steps are run. mask: bool [height, width], true where the source is drawn anew;
+    elsewhere its pixels stay.
+    """
 
     prompt: str
     width: int
@@ -42,6 +50,14 @@ class ImageRequest:
     steps: int = 8
     guidance: float = 0.0
     seed: int = 0
+    strength: float = 1.0
+    source: np.ndarray | None = field(default=None, compare=False, repr=False)
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def steps_to_run(self) -> int:
+        """`steps`, without those that `strength` leaves out."""
+        return self.steps - int(self.steps - self.steps * self.strength)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,25 @@ def check_values(request: ImageRequest) -> None:
         )
     if not 0 <= request.seed < 2**63:
         raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
+    _check_source(request)
+
+
+def _check_source(request: ImageRequest) -> None:
+    if not 0 < request.strength <= 1:
+        raise UsageError(
+            f"strength is {request.strength:g}, expected above 0 (keep the picture) to 1 (draw "
+            "it anew)",
+            param="strength",
+        )
+    if request.source is None and (request.strength != 1 or request.mask is not None):
+        param = "mask" if request.mask is not None else "strength"
+        raise UsageError(f"{param} has no meaning without a picture to start from", param=param)
+    for array, param in ((request.source, "image"), (request.mask, "mask")):
+        if array is not None and array.shape[:2] != (request.height, request.width):
+            found = "x".join(map(str, array.shape[1::-1]))
+            raise UsageError(
+                f"the {param} is {found}, not {request.width}x{request.height}", param=param
+            )
 
 
 def _check_size(width: int, height: int) -> None:
@@ -166,8 +201,15 @@ class Pipeline:
         clock.lap("encode")
         if previews:
             velocity = self._previewed(velocity, previews, clock)
-        sigmas = schedule(request.steps, self.shift)
-        latent = denoise(velocity, self.draw_latent(request), sigmas, on_step)
+        sigmas = last_part(schedule(request.steps, self.shift), request.strength)
+        noise = latent = self.draw_latent(request)
+        if request.source is not None:
+            start = self.decoder.encode(request.source)
+            latent = add_noise(start, noise, sigmas[0])
+            if request.mask is not None:
+                velocity = inside(self._mask(request.mask), velocity, noise - start)
+            clock.lap("encode")
+        latent = denoise(velocity, latent, sigmas, on_step)
         clock.lap("denoise")
         if not latent.isfinite().all():
             raise ZImageError(
@@ -175,6 +217,8 @@ class Pipeline:
                 hint="run zimage-fp8 verify on the checkpoint, or try --dtype float32",
             )
         pixels = self.decoder.decode(latent)
+        if request.source is not None and request.mask is not None:
+            pixels = blend(request.source, pixels, request.mask)
         clock.lap("decode")
         return GeneratedImage(pixels, request, sigmas, self.forwards - before, clock.laps)
 
@@ -190,6 +234,12 @@ class Pipeline:
             return direction
 
         return previewed
+
+    def _mask(self, mask: np.ndarray) -> Tensor:
+        """bool [height, width] -> [1, 1, height/8, width/8]: true where any pixel is."""
+        height, width = mask.shape
+        cells = mask.reshape(height // 8, 8, width // 8, 8).any(axis=(1, 3))
+        return torch.from_numpy(cells).to(self.device)[None, None]
 
     def draw_latent(self, request: ImageRequest) -> Tensor:
         channels = self.transformer.config.in_channels

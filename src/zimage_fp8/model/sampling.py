@@ -29,6 +29,20 @@ def calibration_schedule(forwards: int, shift: float) -> tuple[float, ...]:
     return (*schedule(forwards - 1, shift), 0.0)
 
 
+def last_part(sigmas: Sequence[float], strength: float) -> tuple[float, ...]:
+    """The end of a schedule, when only `strength` (above 0, to 1) of the way is walked.
+
+    At least one step is left; 1 is the whole schedule. Rounds as diffusers does.
+    """
+    steps = len(sigmas) - 1
+    return tuple(sigmas[int(steps - steps * strength) :])
+
+
+def add_noise(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Where the straight road from `noise` to `latent` passes at `sigma`: 1 is noise alone."""
+    return sigma * noise + (1 - sigma) * latent
+
+
 def draw_latent(seed: int, channels: int, height: int, width: int) -> Tensor:
     """Noise for one image of height x width pixels: fp32 [1, channels, height/8, width/8].
 

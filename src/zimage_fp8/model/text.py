@@ -19,13 +19,11 @@ from zimage_fp8.errors import ModelError, UsageError
 MAX_TOKENS = 512
 
 
-class TextEncoder:
-    """Prompts in, captions out: [tokens, cap_feat_dim]."""
+class PromptTokenizer:
+    """Prompts in, token ids out: Qwen's chat template and vocabulary."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self.model = _load_qwen3(folder / "text_encoder", dtype).to(device)
-        self.device = device
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of the prompt inside Qwen's chat template (thinking on).
@@ -45,6 +43,15 @@ class TextEncoder:
                 param="prompt",
             )
         return ids
+
+
+class TextEncoder(PromptTokenizer):
+    """Prompts in, captions out: [tokens, cap_feat_dim]. transformers' Qwen3, on any device."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(folder)
+        self.model = _load_qwen3(folder / "text_encoder", dtype).to(device)
+        self.device = device
 
     def encode(self, prompt: str) -> Tensor:
         """The caption of one prompt, [tokens, cap_feat_dim] in the model's dtype."""

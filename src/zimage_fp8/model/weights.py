@@ -94,7 +94,7 @@ class _Source:
     device: torch.device
 
     def floats(self, name: str) -> Tensor:
-        return self.reader.read(name).to(self.device, self.dtype)
+        return self.reader.read(name, self.device).to(self.dtype)
 
     def scalar(self, name: str) -> Tensor:
         return self.reader.read(name).reshape(()).to(self.device)
@@ -121,7 +121,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _quantized(members: tuple[str, ...], spec: QuantSpec, source: _Source) -> QuantLinear:
     if source.is_quantized:
         return _stored_linear(members, spec, source)
-    weight = torch.cat([source.reader.read(f"{m}.weight").to(source.device) for m in members])
+    weight = torch.cat([source.reader.read(f"{m}.weight", source.device) for m in members])
     (scale,) = weight_scales([weight_amax(weight, spec)], spec)
     input_scale = None
     if spec.is_static:
@@ -133,7 +133,7 @@ def _quantized(members: tuple[str, ...], spec: QuantSpec, source: _Source) -> Qu
 
 def _stored_linear(members: tuple[str, ...], spec: QuantSpec, source: _Source) -> QuantLinear:
     read = source.reader.read
-    codes = [read(f"{member}.weight").to(source.device) for member in members]
+    codes = [read(f"{member}.weight", source.device) for member in members]
     if spec.weight == "per-channel":
         scale = torch.cat([read(f"{member}.weight_scale") for member in members])
     else:

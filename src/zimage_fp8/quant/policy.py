@@ -22,15 +22,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import FUSED, Shape, fused_name
-from zimage_fp8.numerics import E4M3_DYNAMIC, E4M3_ROW, E4M3_STATIC, QuantSpec
+from zimage_fp8.numerics import (
+    E4M3_DYNAMIC,
+    E4M3_ROW,
+    E4M3_STATIC,
+    INT8_ROT,
+    INT8_ROW,
+    QuantSpec,
+)
 
-GEMM_MULTIPLE = 16  # FP8 tensor cores ask this of both dimensions of a weight
+GEMM_MULTIPLE = 16  # 8-bit tensor cores ask this of both dimensions of a weight
 
 SPECS: dict[str, QuantSpec | None] = {
     "keep": None,
     "e4m3-static": E4M3_STATIC,
     "e4m3-dynamic": E4M3_DYNAMIC,
     "e4m3-row": E4M3_ROW,
+    "int8-row": INT8_ROW,
+    "int8-rot": INT8_ROT,
 }
 
 
@@ -139,6 +148,12 @@ PRESETS: dict[str, Policy] = {
         (FFN, QKV, OUT),
         E4M3_ROW,
     ),
+    "int8-rot": _preset(
+        "int8-rot",
+        "All linears of every block in INT8, rotated: a scale per output row, one per token.",
+        (FFN, QKV, OUT),
+        INT8_ROT,
+    ),
 }
 
 
@@ -230,7 +245,7 @@ def read_policy_file(path: Path) -> Policy:
 
     [[rule]]
     layers = "layers.[01].*"            # a glob over layer names
-    spec = "keep"                       # keep, e4m3-static, e4m3-dynamic, e4m3-row
+    spec = "keep"                       # keep, e4m3-static, e4m3-row, int8-rot, …
     why = "first blocks hurt most"
 
     [[rule]]
@@ -315,7 +330,7 @@ def _check_shapes(
     for layer, entry in entries.items():
         if entry.spec is not None and any(size % GEMM_MULTIPLE for size in linears[layer]):
             raise UsageError(
-                f"policy {policy.name!r}: {layer} is {list(linears[layer])}, but FP8 GEMM needs "
+                f"policy {policy.name!r}: {layer} is {list(linears[layer])}, but 8-bit GEMM needs "
                 f"multiples of {GEMM_MULTIPLE}",
                 param="policy",
                 hint="keep this layer with a policy file",

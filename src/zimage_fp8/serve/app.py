@@ -4,6 +4,7 @@
     GET  /v1/pictures/{name}        a picture that was asked for as a URL
     GET  /v1/models, /v1/models/{id}
     GET  /health, /ready, /version, /metrics
+    GET  /                          the playground
 
 A generation is: parse the body, queue one job per picture, wait for them or for the client to
 leave, encode off the event loop, join the answer as bytes.
@@ -31,6 +32,7 @@ from zimage_fp8.serve.failures import answer_failures
 from zimage_fp8.serve.guard import Guard, allow_origins, read_body
 from zimage_fp8.serve.jobs import Engine, Job, JobQueue
 from zimage_fp8.serve.metrics import Metrics
+from zimage_fp8.serve.playground import add_playground
 from zimage_fp8.serve.reply import Drawn, Reply, raw_format
 from zimage_fp8.serve.request_log import RequestLog
 from zimage_fp8.serve.shelf import Shelf, public_base
@@ -75,6 +77,7 @@ def build_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
     app.add_api_route("/v1/pictures/{name}", service.picture)
     app.add_api_route("/v1/models", service.list_models)
     app.add_api_route("/v1/models/{name:path}", service.describe_model)
+    add_playground(app)
     app.add_api_route("/health", service.health)
     app.add_api_route("/ready", service.ready)
     app.add_api_route("/version", service.version)

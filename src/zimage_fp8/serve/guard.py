@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from zimage_fp8.serve.failures import Failure, answer
 
-# Load balancers carry no keys, and the random name of a picture is its key.
-OPEN_PATHS = ("/health", "/ready")
-OPEN_PREFIX = "/v1/pictures/"
+# Load balancers carry no keys, the random name of a picture is its key, and the playground's page,
+# which is the same for everybody, is where a person enters one.
+OPEN_PATHS = ("/health", "/ready", "/")
+OPEN_PREFIXES = ("/v1/pictures/", "/playground/")
 
 UNAUTHORIZED = Failure(
     401, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
@@ -46,7 +47,7 @@ class Guard:
         if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
             return FOREIGN_PAGE, "web pages of other sites may not use this server"
         path = scope["path"]
-        if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+        if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():

@@ -2,7 +2,10 @@
 
 What that client makes of a stream sets the rules: only comments keep a connection alive (an event
 without data crashes it), failures are `{"error": …}`, and since a stream that just ends looks like
-success without pictures, the last event is always a completed picture or an error.
+success without pictures, the last event is always a completed picture or an error. An event of a
+type that it does not know reads as an empty preview, so steps are told in comments, too:
+
+    : step 3/8 of picture 0
 """
 
 import asyncio
@@ -33,19 +36,29 @@ class _Preview:
 
 
 @dataclass(frozen=True)
+class _Stepped:
+    index: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class _Finished:
     index: int
 
 
+_News = _Preview | _Stepped | _Finished
+
+
 class PictureStream:
-    """Jobs that tell the event loop of their previews and of their end.
+    """Jobs that tell the event loop of their steps, their previews and their end.
 
     Made on the event loop; the engine's thread only ever puts news into the queue.
     """
 
     def __init__(self, requests: Sequence[ImageRequest], partial_images: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._news: asyncio.Queue[_Preview | _Finished] = asyncio.Queue()
+        self._news: asyncio.Queue[_News] = asyncio.Queue()
         self.jobs = [
             self._job(index, request, partial_images) for index, request in enumerate(requests)
         ]
@@ -53,11 +66,15 @@ class PictureStream:
     def _job(self, index: int, request: ImageRequest, partial_images: int) -> Job:
         steps = preview_steps(request.steps, partial_images)
         previews = Previews(steps, lambda pixels: self._tell(_Preview(index, pixels)))
-        job = Job(request, previews if steps else None)
+        job = Job(
+            request,
+            previews if steps else None,
+            lambda done, total: self._tell(_Stepped(index, done, total)),
+        )
         job.future.add_done_callback(lambda _: self._tell(_Finished(index)))
         return job
 
-    def _tell(self, news: _Preview | _Finished) -> None:
+    def _tell(self, news: _News) -> None:
         self._loop.call_soon_threadsafe(self._news.put_nowait, news)
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
@@ -70,6 +87,9 @@ class PictureStream:
                     news = await asyncio.wait_for(self._news.get(), KEEP_ALIVE_S)
                 except TimeoutError:
                     yield COMMENT
+                    continue
+                if isinstance(news, _Stepped):
+                    yield b": step %d/%d of picture %d\n\n" % (news.done, news.total, news.index)
                     continue
                 job = self.jobs[news.index]
                 if isinstance(news, _Preview):

@@ -1,0 +1,396 @@
+"""Time every GEMM implementation and every fused kernel against its reference and the ceiling.
+
+    python benchmarks/kernels.py --out kernels.json [--choices src/zimage_fp8/engine/gemm.json]
+
+Shapes are the full-size transformer's. Operands are random, finite, and rotated among sets that do
+not fit into the L2 cache together. A kernel whose comparison with the reference fails is printed as
+wrong and gets no speed. `--choices` writes the fastest implementation of every shape as the data
+that the engine reads.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpu import Envelope, envelope
+from zimage_fp8.kernels.activation import Activation, Output, encode_reference, encode_triton
+from zimage_fp8.kernels.matmul import Tile, matmul, refusal
+from zimage_fp8.kernels.norm import (
+    norm_reference,
+    norm_triton,
+    residual_norm_reference,
+    residual_norm_triton,
+)
+from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
+from zimage_fp8.kernels.rope import rope_table
+from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
+from zimage_fp8.numerics import (
+    E4M3_ROW,
+    E4M3_STATIC,
+    INT8_ROT,
+    QuantSpec,
+    amax,
+    quantize,
+    scale_of,
+)
+
+DIM, FFN, HEADS, HEAD_DIM = 3840, 10240, 30, 128
+SHAPES = {"to_qkv": (3 * DIM, DIM), "to_out": (DIM, DIM), "w13": (2 * FFN, DIM), "w2": (DIM, FFN)}
+ROWS = (2112, 4160)  # 1024x512 and 1024x1024 with a caption of 64 tokens
+KINDS = ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector")
+SETS = 4
+MAX_FUSED_ERROR = 2e-3  # a BF16 rounding here and there; codes a step apart are rarer than 1e-4
+
+TILES = (
+    Tile(),
+    Tile(stages=4, parts=2),
+    Tile(group=4),
+    Tile(group=16),
+    Tile(m=256, n=128),
+    Tile(m=256, n=128, stages=4, parts=2),
+    Tile(n=128, warps=8, stages=4),
+    Tile(n=128, warps=4, stages=4),
+    Tile(m=64, n=256, warps=4, stages=4),
+)
+POINTER_TILES = (Tile(n=128, warps=4), Tile(n=256, warps=8), Tile(n=128, warps=8, stages=4))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    implementation: str
+    tile: Tile | None = None
+
+
+def candidates(kind: str) -> list[Candidate]:
+    if kind == "bf16":
+        return [Candidate("cublas")]
+    triton = [
+        *(Candidate("triton-tma", tile) for tile in TILES),
+        *(Candidate("triton", tile) for tile in POINTER_TILES),
+    ]
+    cublas = {
+        "e4m3-scalar": [Candidate("cublas"), Candidate("cublas-slow")],
+        "e4m3-vector": [Candidate("cublas-row")],
+        "int8-vector": [],
+    }
+    return [*cublas[kind], *triton]
+
+
+Operands = tuple[Activation, Tensor, Tensor | None]
+
+
+def operands(kind: str, rows: int, columns: int, depth: int, count: int) -> list[Operands]:
+    """`count` independent sets of operands on the GPU."""
+    made: list[Operands] = []
+    for _ in range(count):
+        x = torch.randn(rows, depth, device="cuda")
+        weight = torch.randn(columns, depth, device="cuda")
+        if kind == "bf16":
+            made.append((Activation(x.bfloat16()), weight.bfloat16(), None))
+            continue
+        format, _, scales = kind.partition("-")
+        vectors = scales == "vector"
+        x_scale = scale_of(amax(x, per_row=vectors), format)
+        w_scale = scale_of(amax(weight, per_row=vectors), format)
+        codes = quantize(weight, w_scale, format)
+        made.append((Activation(quantize(x, x_scale, format), x_scale), codes, w_scale.squeeze(-1)))
+    return made
+
+
+def median_us(run: Callable[[int], object], *, sets: int = SETS, budget_ms: float = 25) -> float:
+    """Median microseconds of `run(set)`, as CUDA graphs of one launch per set, replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for index in range(sets):
+            run(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(sets):
+            run(index)
+    graph.replay()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < budget_ms:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+        if len(times) >= 200:
+            break
+    return sorted(times)[len(times) // 2] * 1000 / sets
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def gemm_rows(kinds: Sequence[str]) -> list[dict[str, object]]:
+    results = []
+    for kind in kinds:
+        for name, (columns, depth) in SHAPES.items():
+            for rows in ROWS:
+                results += gemm_shape(kind, name, rows, columns, depth)
+    return results
+
+
+def gemm_shape(
+    kind: str, name: str, rows: int, columns: int, depth: int
+) -> list[dict[str, object]]:
+    sets = operands(kind, rows, columns, depth, SETS)
+    x, weight, scale = sets[0]
+    exact = x.values[:128].double() @ weight.double().T
+    if x.scale is not None and scale is not None:
+        exact = exact * (x.scale[:128] if x.scale.ndim else x.scale) * scale
+    results = []
+    for candidate in candidates(kind):
+        if refusal(candidate.implementation, x, scale):
+            continue
+
+        def run(index: int, candidate: Candidate = candidate) -> Tensor:
+            x, weight, scale = sets[index]
+            return matmul(
+                x, weight, scale, torch.bfloat16, candidate.implementation, candidate.tile
+            )
+
+        row: dict[str, object] = {
+            "layer": name,
+            "kind": kind,
+            "rows": rows,
+            "columns": columns,
+            "depth": depth,
+            "implementation": candidate.implementation,
+            "tile": asdict(candidate.tile) if candidate.tile else None,
+        }
+        try:
+            error = relative_error(run(0)[:128], exact)
+            row["relative_error"] = error
+            if error > 5e-3:
+                row["wrong"] = True
+            else:
+                us = median_us(run)
+                row["us"] = us
+                row["tflops"] = 2 * rows * columns * depth / us / 1e6
+        except Exception as reason:  # noqa: BLE001  a tile may not fit the GPU's shared memory
+            row["refused"] = str(reason).strip().partition("\n")[0][:200]
+        results.append(row)
+        print(
+            f"{name:7} {kind:12} {rows:5} {candidate.implementation:12} "
+            f"{_tile_text(candidate.tile):28} "
+            + (f"{row['us']:7.1f} us {row['tflops']:6.0f} TFLOP/s" if "us" in row else "")
+            + str(row.get("refused", ""))[:60]
+            + (" WRONG" if "wrong" in row else "")
+            + f" error {row.get('relative_error', float('nan')):.1e}",
+            flush=True,
+        )
+    return results
+
+
+def _tile_text(tile: Tile | None) -> str:
+    if tile is None:
+        return ""
+    return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} p{tile.parts} g{tile.group}"
+
+
+def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The fastest right implementation of every (kind, shape, rows)."""
+    best: dict[tuple[object, ...], dict[str, object]] = {}
+    for row in results:
+        key = tuple(row[part] for part in ("kind", "columns", "depth", "rows"))
+        if "us" in row and (key not in best or row["us"] < best[key]["us"]):  # type: ignore[operator]
+            best[key] = row
+    capability = list(torch.cuda.get_device_capability())
+    parts = ("kind", "rows", "columns", "depth", "implementation", "tile", "us")
+    return [
+        {"capability": capability, **{part: row[part] for part in parts}} for row in best.values()
+    ]
+
+
+SPECS: dict[str, QuantSpec | None] = {
+    "bf16": None,
+    "e4m3-static": E4M3_STATIC,
+    "e4m3-row": E4M3_ROW,
+    "int8-rot": INT8_ROT,
+}
+
+
+def fused_rows() -> list[dict[str, object]]:
+    """Every fused kernel in every output format: time and achieved bandwidth."""
+    copy_gbs = copy_bandwidth()
+    results: list[dict[str, object]] = [{"kernel": "device copy", "gb_per_s": copy_gbs}]
+    print(f"device copy {copy_gbs:.0f} GB/s")
+    for rows in ROWS:
+        x = [torch.randn(1, rows, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
+        h = [torch.randn(rows, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
+        w13 = [torch.randn(rows, 2 * FFN, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
+        qkv = [torch.randn(1, rows, 3 * DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        vectors = torch.randn(1, 2, DIM, device="cuda")
+        gate, vector = vectors[:, 0], vectors[:, 1]
+        weight = torch.ones(HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        positions = torch.arange(rows)[:, None].expand(-1, 3)
+        table = rope_table(positions, (32, 48, 48), 256.0).cuda()
+        for name, spec in SPECS.items():
+            static = torch.tensor(0.01, device="cuda") if spec and spec.is_static else None
+            out = Output(spec, static)
+            out_bytes = 2 if spec is None else 1
+            jobs: list[tuple[str, Callable[[int], object], Callable[[int], object], int]] = [
+                (
+                    "norm",
+                    lambda i, out=out: norm_triton(x[i], vector, 1e-5, out),
+                    lambda i, out=out: norm_reference(x[i], vector, 1e-5, out),
+                    rows * DIM * (2 + out_bytes),
+                ),
+                (
+                    "residual_norm",
+                    lambda i, out=out: residual_norm_triton(x[i], h[i], gate, vector, 1e-5, out),
+                    lambda i, out=out: residual_norm_reference(x[i], h[i], gate, vector, 1e-5, out),
+                    rows * DIM * (6 + out_bytes),
+                ),
+                (
+                    "gated",
+                    lambda i, out=out: gated_triton(w13[i], out),
+                    lambda i, out=out: gated_reference(w13[i], out),
+                    rows * FFN * (4 + out_bytes),
+                ),
+            ]
+            if spec is not None:
+                jobs.append(
+                    (
+                        "encode",
+                        lambda i, out=out: encode_triton(h[i], out),
+                        lambda i, out=out: encode_reference(h[i].float(), out, torch.bfloat16),
+                        rows * DIM * 3,
+                    )
+                )
+            for kernel, run, reference, num_bytes in jobs:
+                results.append(
+                    fused_row(kernel, name, rows, run, reference, num_bytes, SETS, copy_gbs)
+                )
+        results.append(
+            fused_row(
+                "qk_norm_rope",
+                "bf16",
+                rows,
+                lambda i: qk_norm_rope_triton(qkv[i], weight, weight, table, 1e-5),
+                lambda i: qk_norm_rope_reference(qkv[i], weight, weight, table, 1e-5),
+                rows * DIM * 8,
+                3,
+                copy_gbs,
+            )
+        )
+    return results
+
+
+def fused_row(
+    kernel: str,
+    output: str,
+    rows: int,
+    run: Callable[[int], object],
+    reference: Callable[[int], object],
+    num_bytes: int,
+    sets: int,
+    copy_gbs: float,
+) -> dict[str, object]:
+    # In place kernels change their input: the reference goes first, on another set.
+    expected = _values(reference(1))
+    error = relative_error(_values(run(1)), expected)
+    if error > MAX_FUSED_ERROR:
+        print(f"{kernel:14} {output:12} {rows:5} WRONG: relative error {error:.1e}")
+        return {"kernel": kernel, "output": output, "rows": rows, "wrong": True, "error": error}
+    us = median_us(run, sets=sets)
+    reference_us = median_us(reference, sets=sets, budget_ms=10)
+    gbs = num_bytes / us / 1e3
+    print(
+        f"{kernel:14} {output:12} {rows:5} {us:7.1f} us {gbs:6.0f} GB/s "
+        f"({gbs / copy_gbs:4.0%} of copy), reference {reference_us:7.1f} us",
+        flush=True,
+    )
+    return {
+        "kernel": kernel,
+        "output": output,
+        "rows": rows,
+        "relative_error": error,
+        "us": us,
+        "gb_per_s": gbs,
+        "share_of_copy": gbs / copy_gbs,
+        "reference_us": reference_us,
+    }
+
+
+def _values(result: object) -> Tensor:
+    """What a kernel wrote, dequantized: the last of several results."""
+    if isinstance(result, tuple):
+        result = result[-1] if isinstance(result[-1], Activation) else torch.cat(result[:2])
+    if isinstance(result, Activation):
+        values = result.values.float()
+        return values if result.scale is None else values * result.scale
+    assert isinstance(result, Tensor)
+    return result.float().clone()
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written per second of a large device copy, in GB/s."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    us = median_us(lambda _: target.copy_(source), sets=1)
+    return 2 * source.nbytes / us / 1e3
+
+
+def compile_ahead(processes: int) -> None:
+    """Fill Triton's cache from several processes, so that the timing run does not wait."""
+    jobs = [
+        subprocess.Popen([sys.executable, __file__, "--compile", f"{index}/{processes}"])
+        for index in range(processes)
+    ]
+    for job in jobs:
+        job.wait()
+
+
+def compile_share(index: int, count: int) -> None:
+    work = [(kind, c) for kind in KINDS for c in candidates(kind) if c.tile]
+    for kind, candidate in work[index::count]:
+        x, weight, scale = operands(kind, 256, 512, 512, 1)[0]
+        try:
+            matmul(x, weight, scale, torch.bfloat16, candidate.implementation, candidate.tile)
+        except Exception:  # noqa: BLE001  the timing run reports it
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--choices", type=Path, help="write the engine's GEMM table there")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--no-fused", action="store_true")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile:
+        index, _, count = arguments.compile.partition("/")
+        compile_share(int(index), int(count))
+        return
+    compile_ahead(min(12, os.cpu_count() or 1))
+    record: Envelope = envelope()
+    record["gemm"] = gemm_rows(arguments.kinds)
+    choices = best_choices(record["gemm"])  # type: ignore[arg-type]
+    for choice in choices:
+        print(choice["kind"], choice["rows"], choice["columns"], choice["implementation"],
+              _tile_text(Tile(**choice["tile"]) if choice["tile"] else None))  # type: ignore[arg-type]  # fmt: skip
+    if not arguments.no_fused:
+        record["fused"] = fused_rows()
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.choices:
+        arguments.choices.write_text(json.dumps({"choices": choices}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The diffusion transformer as the GPU runs it: one flat sequence of fused kernels per step.
+
+The same mathematics as `model.z_image.ZImageTransformer`, whose weights it borrows, with three
+differences:
+
+- What does not depend on the latent is computed once. All adaLN projections of a timestep are one
+  matrix product, and each norm's weight is multiplied into the scale or gate that follows it, so a
+  block reads four vectors. The refined caption and the rotary tables come from outside the step.
+- Per block, four matrix products, one attention and four fused kernels; each kernel writes what the
+  next product reads, in 8 bits where the plan says so (`kernels.activation`).
+- On CUDA a step is one graph per (batch, size, caption tokens); timestep and caption are its
+  inputs, so one graph serves every step, every prompt of its bucket and every number of steps.
+
+On the CPU the kernels are their references: the sequence itself is tested without a GPU.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zimage_fp8.engine.gemm import Linear
+from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.kernels.activation import Activation, encode
+from zimage_fp8.kernels.attention import Backend
+from zimage_fp8.kernels.norm import norm, residual, residual_norm
+from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope
+from zimage_fp8.kernels.swiglu import gated
+from zimage_fp8.layout import PATCH, PATCH_KEY
+from zimage_fp8.model.z_image import (
+    Block,
+    FinalLayer,
+    ZImageTransformer,
+    caption_rope,
+    image_rope,
+    patchify,
+    unpatchify,
+)
+
+# Vectors of a timestep: per block the scale and gate of attention and of the feed-forward.
+SCALE_ATTENTION, GATE_ATTENTION, SCALE_FFN, GATE_FFN = range(4)
+VECTORS = 4
+KEPT_TIMESTEPS = 16  # 2 MB each at full size; two schedules of eight steps
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """A block's linears, and where its four vectors lie in a timestep's table."""
+
+    to_qkv: Linear
+    to_out: Linear
+    w13: Linear
+    w2: Linear
+    norm_q: Tensor
+    norm_k: Tensor
+    first_vector: int
+
+    @classmethod
+    def of(cls, block: Block, first_vector: int, dtype: torch.dtype) -> "FusedBlock":
+        attention, ffn = block.attention, block.feed_forward
+        return cls(
+            Linear(attention.to_qkv, dtype),
+            Linear(attention.to_out[0], dtype),
+            Linear(ffn.w13, dtype),
+            Linear(ffn.w2, dtype),
+            attention.norm_q.weight,
+            attention.norm_k.weight,
+            first_vector,
+        )
+
+
+class FusedTransformer:
+    """`forward` is `ZImageTransformer.forward` for captions that `refine_caption` refined."""
+
+    def __init__(
+        self, transformer: ZImageTransformer, attention: Backend, graphs: GraphCache
+    ) -> None:
+        self.config = transformer.config
+        self.transformer = transformer
+        self.attention = attention
+        self.graphs = graphs
+        self.dtype = transformer.x_pad_token.dtype
+        self.device = transformer.x_pad_token.device
+        modulated = [*transformer.noise_refiner, *transformer.layers]
+        blocks = [
+            FusedBlock.of(block, VECTORS * index, self.dtype)
+            for index, block in enumerate(modulated)
+        ]
+        self.refiner = blocks[: len(transformer.noise_refiner)]
+        self.layers = blocks[len(transformer.noise_refiner) :]
+        self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
+        self._norms = _norm_weights(modulated)
+        final = transformer.all_final_layer[PATCH_KEY]
+        assert isinstance(final, FinalLayer)
+        self._final = final
+        self._timesteps: OrderedDict[float, Tensor] = OrderedDict()
+
+    def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
+        """latent: fp32 [batch, channels, height, width]; t: fp32 [1] on the CPU; caption:
+        [batch, tokens, dim]. Returns fp32 of latent's shape, valid until the next call."""
+        vectors = self._vectors(t)
+        key = ("step", tuple(latent.shape), caption.shape[1])
+        return self.graphs.run(key, self._step, latent, vectors, caption)
+
+    def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
+        """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
+        key = ("caption", tuple(caption.shape))
+        refined = self.graphs.run(key, self.transformer.refine_caption, caption, is_pad)
+        return refined.clone()
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """One of each kind of linear, for the record of what runs."""
+        block = self.layers[0]
+        return {"to_qkv": block.to_qkv, "to_out": block.to_out, "w13": block.w13, "w2": block.w2}
+
+    def _vectors(self, t: Tensor) -> Tensor:
+        """Everything a timestep decides: fp32 [1, 4 · blocks + 1, dim]."""
+        key = float(t)
+        if key not in self._timesteps:
+            self._timesteps[key] = self._form_vectors(t.to(self.device))
+            if len(self._timesteps) > KEPT_TIMESTEPS:
+                self._timesteps.popitem(last=False)
+        self._timesteps.move_to_end(key)
+        return self._timesteps[key]
+
+    def _form_vectors(self, t: Tensor) -> Tensor:
+        dim = self.config.dim
+        time = self.transformer.t_embedder(t * self.config.t_scale)
+        table = self._adaln(time).float().reshape(-1, VECTORS, dim)  # [blocks, 4, dim]
+        scales = 1 + table[:, [SCALE_ATTENTION, SCALE_FFN]]
+        gates = table[:, [GATE_ATTENTION, GATE_FFN]].tanh()
+        vectors = torch.stack([scales, gates], dim=2).flatten(1, 2) * self._norms
+        final: Tensor = self._final.adaLN_modulation(time)
+        return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
+
+    def _step(self, latent: Tensor, vectors: Tensor, caption: Tensor) -> Tensor:
+        height, width = latent.shape[-2:]
+        num_image, num_caption = (height // PATCH) * (width // PATCH), caption.shape[1]
+        x: Tensor = self.transformer.all_x_embedder[PATCH_KEY](patchify(latent.to(self.dtype)))
+        rope = image_rope(self.config, height, width, num_caption, self.device)
+        if (missing := len(rope) - num_image) > 0:
+            x = torch.cat([x, self.transformer.x_pad_token.expand(len(x), missing, -1)], dim=1)
+        x = self._blocks(self.refiner, x, rope, vectors)
+        x = torch.cat([x, caption.expand(len(x), -1, -1)], dim=1)
+        rope = torch.cat([rope, caption_rope(self.config, num_caption, self.device)])
+        x = self._blocks(self.layers, x, rope, vectors)
+        scale = vectors[:, -1:]
+        x = (F.layer_norm(x[:, :num_image].float(), x.shape[-1:], eps=1e-6) * scale).to(self.dtype)
+        return unpatchify(self._final.linear(x), height, width).float()
+
+    def _blocks(self, blocks: list[FusedBlock], x: Tensor, rope: Tensor, vectors: Tensor) -> Tensor:
+        """x: [batch, tokens, dim] through a stack of blocks."""
+        if not blocks:
+            return x
+        eps = self.config.norm_eps
+        normed = norm(x, _vector(vectors, blocks[0], SCALE_ATTENTION), eps, blocks[0].to_qkv.reads)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            h = self._attend(block, normed, x, rope)
+            x, normed = residual_norm(
+                x,
+                h,
+                _vector(vectors, block, GATE_ATTENTION),
+                _vector(vectors, block, SCALE_FFN),
+                eps,
+                block.w13.reads,
+            )
+            h = block.w2(gated(block.w13(normed), block.w2.reads))
+            gate = _vector(vectors, block, GATE_FFN)
+            if following is None:
+                return residual(x, h, gate, eps)
+            scale = _vector(vectors, following, SCALE_ATTENTION)
+            x, normed = residual_norm(x, h, gate, scale, eps, following.to_qkv.reads)
+        raise AssertionError("the last block returns")
+
+    def _attend(self, block: FusedBlock, normed: Activation, x: Tensor, rope: Tensor) -> Tensor:
+        qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
+        q, k, v = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5)
+        mixed = self.attention.run(q, k, v).flatten(0, 1)
+        return block.to_out(encode(mixed, block.to_out.reads))
+
+
+def _vector(vectors: Tensor, block: FusedBlock, which: int) -> Tensor:
+    return vectors[:, block.first_vector + which]
+
+
+def _pack(layers: list[nn.Linear]) -> nn.Linear:
+    """One linear whose outputs are all the layers' side by side. The layers' own parameters become
+    views of it, so no weight is held twice."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    with torch.device("meta"):
+        packed = nn.Linear(weight.shape[1], weight.shape[0])
+    packed.weight = nn.Parameter(weight, requires_grad=False)
+    packed.bias = nn.Parameter(bias, requires_grad=False)
+    start = 0
+    for layer in layers:
+        end = start + len(layer.weight)
+        layer.weight.data, layer.bias.data = weight[start:end], bias[start:end]
+        start = end
+    return packed
+
+
+def _norm_weights(blocks: list[Block]) -> Tensor:
+    """The norm weight that each vector is multiplied with: fp32 [blocks, 4, dim]."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    block.attention_norm1.weight,
+                    block.attention_norm2.weight,
+                    block.ffn_norm1.weight,
+                    block.ffn_norm2.weight,
+                ]
+            )
+            for block in blocks
+        ]
+    ).float()

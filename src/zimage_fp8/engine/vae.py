@@ -1,0 +1,266 @@
+"""The autoencoder's decoder made fast: channels_last, fused norms, a CUDA graph per size.
+
+A picture flows through it as *bands*: tensors of some rows each, one below the other, written by
+one layer and freed by the next as soon as it has read them. At 1024x1024 the widest layer is
+512 MiB in BF16; in bands there is never a second copy of it, and what one kernel writes the next
+finds in the GPU's cache. A 3x3 convolution needs a row of either neighbour: `_windows` gives it.
+
+No convolution adds its bias: PyTorch would spend a kernel of its own on that. A `Picture` carries
+the biases that its bands still lack, and whoever reads the bands next adds them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from torch import Tensor, nn
+
+from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.errors import ModelError
+from zimage_fp8.kernels.group_norm import group_moments, normalize_groups
+from zimage_fp8.model.vae import Decoder
+
+BAND_ELEMENTS = 2**24  # of one band: 32 MiB in BF16, below an H100's 50 MB of L2
+QUERIES_AT_ONCE = 512  # rows of attention scores: 32 MiB in fp32 at 1024x1024
+MAX_FUSED_HEAD_DIM = 256  # FlashAttention's limit, which PyTorch states
+
+Write = Callable[[Tensor, Tensor], object]  # (source rows, destination rows)
+
+
+@dataclass
+class Picture:
+    """bands: [1, channels, rows, width] each, channels_last, from the top down.
+
+    bias: fp32 [channels], still to be added to every pixel.
+    """
+
+    bands: list[Tensor]
+    bias: Tensor
+
+
+class FastDecoder(Decoder):
+    """`Decoder` by another road: the same weights, and pixels equal to a rounding here and there.
+
+    graphs: the cache to keep CUDA graphs in, shared with others so that memory is; its own when
+    left out. band_elements: the most that one band holds. Raises ModelError for an autoencoder
+    that is built otherwise than Z-Image's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        graphs: GraphCache | None = None,
+        band_elements: int = BAND_ELEMENTS,
+    ) -> None:
+        super().__init__(folder, dtype, device)
+        _check_structure(self.vae)
+        self.vae.decoder.to(memory_format=torch.channels_last)
+        self.graphs = graphs or GraphCache(device)
+        self.band_elements = band_elements
+
+    @torch.inference_mode()
+    def decode(self, latent: Tensor) -> np.ndarray:
+        """latent fp32 [1, channels, h, w] -> uint8 [8h, 8w, 3], rounded on the device.
+
+        The first call of a size captures its graph and lets cuDNN try its algorithms.
+        """
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            levels = self.graphs.run(("vae", *latent.shape), self._levels, latent)
+        finally:
+            torch.backends.cudnn.benchmark = before
+        return _to_host(levels)
+
+    def _levels(self, latent: Tensor) -> Tensor:
+        """latent fp32 [1, channels, h, w] -> uint8 [8h, 8w, 3] on the device."""
+        decoder = self.vae.decoder
+        z = (latent / self.scaling + self.shift).to(self.vae.dtype)
+        z = z.contiguous(memory_format=torch.channels_last)
+        if self.vae.post_quant_conv is not None:
+            z = self.vae.post_quant_conv(z)
+        x = F.conv2d(z, decoder.conv_in.weight, padding=1)
+        picture = _middle(Picture([x], _bias(decoder.conv_in)), decoder.mid_block)
+        del x
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                picture = _resnet(picture, resnet)
+            for upsampler in block.upsamplers or ():
+                picture = self._upsample(picture, upsampler.conv)
+        last, normalize = decoder.conv_out, _norm(picture, decoder.conv_norm_out, silu=True)
+        rows = [
+            _to_levels(F.conv2d(window, last.weight, last.bias, padding=(0, 1)))
+            for _, window in _windows(picture.bands, normalize)
+        ]
+        return torch.cat(rows)
+
+    def _upsample(self, picture: Picture, conv: nn.Conv2d) -> Picture:
+        """Twice as many rows and columns, nearest neighbour, then the convolution."""
+        width, bias = 2 * picture.bands[0].shape[3], picture.bias[:, None, None]
+        step = max(1, self.band_elements // (2 * width * conv.out_channels))  # rows before doubling
+        larger = []
+
+        def write(source: Tensor, target: Tensor) -> None:
+            torch.add(source, bias, out=target)
+
+        for band, window in _windows(picture.bands, write):
+            for top in range(0, band.shape[2], step):
+                rows = window[:, :, top : top + step + 2]
+                doubled = F.interpolate(rows, scale_factor=2.0, mode="nearest")
+                larger.append(_conv(doubled[:, :, 1:-1], conv))
+                del doubled
+            del band, window
+        return Picture(larger, _bias(conv))
+
+
+def _check_structure(vae: AutoencoderKL) -> None:
+    found = {type(block).__name__ for block in vae.decoder.up_blocks}
+    if found != {"UpDecoderBlock2D"}:
+        raise ModelError(f"the VAE has blocks {sorted(found)}, expected UpDecoderBlock2D only")
+    if vae.config.act_fn not in ("silu", "swish"):
+        raise ModelError(f"the VAE's activation is {vae.config.act_fn}, expected silu")
+
+
+def _middle(picture: Picture, block: UNetMidBlock2D) -> Picture:
+    picture = _resnet(picture, block.resnets[0])
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        if attention is not None:
+            picture = _attend(picture, attention)
+        picture = _resnet(picture, resnet)
+    return picture
+
+
+def _resnet(picture: Picture, block: ResnetBlock2D) -> Picture:
+    """x + conv2(norm2(conv1(norm1(x)))); empties `picture` and may change its tensors."""
+    skipped, hidden = Picture([], picture.bias), Picture([], _bias(block.conv1))
+    shortcut: nn.Conv2d | None = block.conv_shortcut
+    if shortcut is not None:  # 1x1: what it makes of the missing bias is again a bias
+        skipped.bias = shortcut.weight.flatten(1).float() @ picture.bias + _bias(shortcut)
+    for band, window in _windows(picture.bands, _norm(picture, block.norm1, silu=True)):
+        hidden.bands.append(_conv(window, block.conv1))
+        skipped.bands.append(band if shortcut is None else F.conv2d(band, shortcut.weight))
+        del band, window  # before the next window is made, so that its memory can be taken
+    sums = iter(skipped.bands)
+    for band, window in _windows(hidden.bands, _norm(hidden, block.norm2, silu=True)):
+        next(sums).add_(_conv(window, block.conv2))
+        del band, window
+    return Picture(skipped.bands, skipped.bias + _bias(block.conv2))
+
+
+def _norm(picture: Picture, norm: nn.GroupNorm, *, silu: bool) -> Write:
+    """What writes normalized rows; the moments, of all bands, are taken now."""
+    bias = picture.bias
+    moments = group_moments(picture.bands, norm.num_groups, norm.eps, bias)
+
+    def write(source: Tensor, target: Tensor) -> None:
+        normalize_groups(source, moments, norm.weight, norm.bias, silu=silu, shift=bias, out=target)
+
+    return write
+
+
+def _windows(bands: list[Tensor], write: Write) -> Iterator[tuple[Tensor, Tensor]]:
+    """(band, its rows as written by `write` with one more above and below); empties `bands`.
+
+    Beyond the picture's edge lie zeros: what a convolution pads with.
+    """
+    above: Tensor | None = None
+    while bands:
+        band = bands.pop(0)
+        below = bands[0][:, :, :1] if bands else None
+        batch, channels, rows, width = band.shape
+        window = torch.empty(
+            (batch, channels, rows + 2, width),
+            dtype=band.dtype,
+            device=band.device,
+            memory_format=torch.channels_last,
+        )
+        write(band, window[:, :, 1:-1])
+        for edge, row in ((above, window[:, :, :1]), (below, window[:, :, -1:])):
+            if edge is None:
+                row.zero_()
+            else:
+                write(edge, row)
+        above = band[:, :, -1:].clone(memory_format=torch.channels_last)
+        yield band, window
+        del band, window
+
+
+def _conv(window: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution, its bias left out. It loses the window's first and last row."""
+    return F.conv2d(window, conv.weight, padding=(0, 1))
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    if layer.bias is None:
+        return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
+    return layer.bias.float()
+
+
+def _attend(picture: Picture, block: Attention) -> Picture:
+    """x + attention over all its pixels; changes x, which is one band."""
+    (x,) = picture.bands
+    normed = torch.empty_like(x)
+    _norm(picture, block.group_norm, silu=False)(x, normed)
+    tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)  # [1, pixels, channels]
+    q, k, v = (
+        layer(tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
+        for layer in (block.to_q, block.to_k, block.to_v)
+    )
+    if x.is_cuda and q.shape[-1] > MAX_FUSED_HEAD_DIM:
+        mixed = attend_in_chunks(q, k, v)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    last: nn.Linear = block.to_out[0]
+    mixed = F.linear(mixed.transpose(1, 2).flatten(2), last.weight)
+    x.add_(mixed.transpose(1, 2).unflatten(2, x.shape[2:]))
+    return Picture([x], picture.bias + _bias(last))
+
+
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as two matrix products per chunk of queries, scores and softmax in fp32.
+
+    q, k, v: [1, heads, tokens, head_dim]. For heads too wide for FlashAttention. The weights are
+    rounded to v's dtype, as FlashAttention rounds them.
+    """
+    scale = q.shape[-1] ** -0.5
+    heads = []
+    for q_head, k_head, v_head in zip(q[0], k[0], v[0], strict=True):
+        chunks = (
+            torch.softmax(_scores(chunk, k_head).mul_(scale), -1).to(v.dtype) @ v_head
+            for chunk in q_head.split(QUERIES_AT_ONCE)
+        )
+        heads.append(torch.cat(list(chunks)))
+    return torch.stack(heads)[None]
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k.T in fp32. cuBLAS writes its fp32 sums as they are; the CPU's product cannot."""
+    if q.is_cuda:
+        return torch.mm(q, k.T, out_dtype=torch.float32)
+    return q.float() @ k.float().T
+
+
+def _to_levels(picture: Tensor) -> Tensor:
+    """[1, 3, rows, width] in −1 to 1 -> uint8 [rows, width, 3]."""
+    levels = (picture.float() * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return levels[0].permute(1, 2, 0).contiguous()
+
+
+def _to_host(levels: Tensor) -> np.ndarray:
+    """A copy in host memory. The array owns it: the device's buffer is free when this returns."""
+    if levels.is_cuda:
+        host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
+        levels = host.copy_(levels, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+    pixels: np.ndarray = levels.numpy()
+    return pixels

@@ -1,0 +1,171 @@
+"""RMS norm times a vector, and the gated residual in front of it, each in one pass over a row.
+
+The vectors are products formed once per timestep: the norm's weight times adaLN's `1 + scale`, or
+times `tanh(gate)`. Everything happens in fp32 on a row held in registers; the result is written as
+the next linear layer reads it (`kernels.activation`), so no norm output ever goes to memory in
+16 bits only to be read again and quantized.
+
+Exactness against the references: the sum of squares is added in another order, an fp32 ulp of the
+row's scale. BF16 values and 8-bit codes then agree except where a value lies within that ulp of a
+rounding boundary: at most one in 1e4, by one step (tests/kernels/test_norm.py).
+"""
+
+import torch
+from torch import Tensor
+
+from zimage_fp8.kernels.activation import (
+    Activation,
+    Epilogue,
+    Output,
+    empty_activation,
+    encode_reference,
+    store_row,
+)
+from zimage_fp8.kernels.language import runs_triton, tl, triton
+
+ROWS = 4  # per program: the vectors are read once for all of them; divides every token count
+
+
+def norm(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:
+    """`x / rms(x) · vector`, written as `out` asks for.
+
+    x: [batch, tokens, dim], tokens a multiple of 32; vector: fp32 [batch, dim], rows may be
+    strided. Returns [batch · tokens, dim].
+    """
+    return (norm_triton if runs_triton(x) else norm_reference)(x, vector, eps, out)
+
+
+def residual_norm(
+    x: Tensor, h: Tensor, gate: Tensor, vector: Tensor, eps: float, out: Output
+) -> tuple[Tensor, Activation]:
+    """`x + h / rms(h) · gate` rounded to x's dtype, and `norm` of that sum.
+
+    x: [batch, tokens, dim]; h: [batch · tokens, dim] contiguous; gate, vector: fp32 [batch, dim].
+    """
+    run = residual_norm_triton if runs_triton(x) else residual_norm_reference
+    return run(x, h, gate, vector, eps, out)
+
+
+def residual(x: Tensor, h: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """The sum alone, for the last block: [batch, tokens, dim]."""
+    return (residual_triton if runs_triton(x) else residual_reference)(x, h, gate, eps)
+
+
+def norm_reference(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:
+    return encode_reference(_normed(x, vector, eps).flatten(0, 1), out, x.dtype)
+
+
+def residual_norm_reference(
+    x: Tensor, h: Tensor, gate: Tensor, vector: Tensor, eps: float, out: Output
+) -> tuple[Tensor, Activation]:
+    total = residual_reference(x, h, gate, eps)
+    return total, norm_reference(total, vector, eps, out)
+
+
+def residual_reference(x: Tensor, h: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return (x.float() + _normed(h.reshape(x.shape), gate, eps)).to(x.dtype)
+
+
+def _normed(x: Tensor, vector: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * vector[:, None]
+
+
+def norm_triton(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:
+    return _launch(x, None, None, vector, eps, out)[1]
+
+
+def residual_norm_triton(
+    x: Tensor, h: Tensor, gate: Tensor, vector: Tensor, eps: float, out: Output
+) -> tuple[Tensor, Activation]:
+    return _launch(x, h, gate, vector, eps, out)
+
+
+def residual_triton(x: Tensor, h: Tensor, gate: Tensor, eps: float) -> Tensor:
+    return _launch(x, h, gate, None, eps, Output())[0]
+
+
+def _launch(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    vector: Tensor | None,
+    eps: float,
+    out: Output,
+) -> tuple[Tensor, Activation]:
+    batch, tokens, dim = x.shape
+    x = x.contiguous()
+    total = torch.empty_like(x) if h is not None else x
+    result = Activation(x)
+    if vector is not None:
+        result = empty_activation(batch * tokens, dim, out, x)
+    launch = Epilogue(out, dim, whole_rows=True)
+    _norm_kernel[(batch * tokens // ROWS,)](
+        x,
+        x if h is None else h,
+        total,
+        x if gate is None else gate,
+        x if vector is None else vector,
+        *launch.pointers(result),
+        dim,
+        tokens,
+        0 if gate is None else gate.stride(0),
+        0 if vector is None else vector.stride(0),
+        eps,
+        HAS_RESIDUAL=h is not None,
+        HAS_NORM=vector is not None,
+        ROWS=ROWS,
+        **launch.constants,
+        num_warps=launch.warps,
+    )
+    return total, result
+
+
+@triton.jit
+def _norm_kernel(
+    x,
+    h,
+    total,
+    gate,
+    vector,
+    values,
+    scales,
+    dim,
+    tokens,
+    gate_stride,
+    vector_stride,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    QMAX: tl.constexpr,
+    AMAX_FLOOR: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    mask = columns < dim
+    first = tl.program_id(0) * ROWS
+    sample = (first // tokens).to(tl.int64)
+    if HAS_RESIDUAL:
+        gates = tl.load(gate + sample * gate_stride + columns, mask, other=0.0)
+    if HAS_NORM:
+        weights = tl.load(vector + sample * vector_stride + columns, mask, other=0.0)
+    for index in range(ROWS):
+        row = first + index
+        start = row.to(tl.int64) * dim
+        wide = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            added = tl.load(h + start + columns, mask, other=0.0).to(tl.float32)
+            rstd = tl.math.rsqrt(tl.sum(added * added, axis=0) / dim + eps)
+            rounded = (wide + added * rstd * gates).to(total.dtype.element_ty)
+            tl.store(total + start + columns, rounded, mask)
+            wide = rounded.to(tl.float32)
+        if HAS_NORM:
+            rstd = tl.math.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
+            store_row(
+                wide * rstd * weights, values, scales, row, columns, mask, dim,
+                BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
+            )  # fmt: skip

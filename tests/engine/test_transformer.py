@@ -1,0 +1,153 @@
+"""The fused sequence against the plain model: same mathematics, other order of work."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import sqnr_db
+from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.engine.transformer import FusedTransformer
+from zimage_fp8.kernels.attention import BACKENDS
+from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
+from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.sampling import transformer_time
+from zimage_fp8.model.source import find_model
+from zimage_fp8.quant.calibrate import Calibration
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def fused(pipeline: Pipeline, backend: str = "sdpa") -> FusedTransformer:
+    graphs = GraphCache(pipeline.device)
+    return FusedTransformer(pipeline.transformer, BACKENDS[backend], graphs)
+
+
+def inputs(pipeline: Pipeline, *, batch: int = 1, size: tuple[int, int] = (32, 48)) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    channels = pipeline.transformer.config.in_channels
+    latent = torch.randn(batch, channels, size[0] // 8, size[1] // 8, generator=generator)
+    return latent.to(pipeline.device)
+
+
+def caption(pipeline: Pipeline, tokens: int = 32) -> tuple[Tensor, Tensor]:
+    config = pipeline.transformer.config
+    generator = torch.Generator().manual_seed(8)
+    values = torch.randn(1, tokens, config.cap_feat_dim, generator=generator)
+    is_pad = torch.arange(tokens)[None] >= tokens - 5
+    return values.to(pipeline.device, pipeline.dtype), is_pad.to(pipeline.device)
+
+
+def agreement_db(pipeline: Pipeline, backend: str = "sdpa") -> float:
+    """The least SQNR of fused against plain over sizes, captions and timesteps."""
+    engine, worst = fused(pipeline, backend), math.inf
+    with torch.inference_mode():
+        for size in ((32, 48), (64, 64)):
+            for tokens in (32, 64):
+                refined = pipeline.transformer.refine_caption(*caption(pipeline, tokens))
+                latent = inputs(pipeline, size=size)
+                for sigma in (1.0, 0.5, 0.1):
+                    t = transformer_time(sigma)
+                    actual = engine.forward(latent, t, refined).clone()
+                    t = t.to(pipeline.device)
+                    expected = pipeline.transformer(latent, t, refined).float()
+                    worst = min(worst, sqnr_db(actual, expected))
+    return worst
+
+
+def load(
+    folder: str | Path, policy: str, dtype: str, device: str, calibration: Calibration | None = None
+) -> Pipeline:
+    return load_pipeline(
+        str(folder), policy=policy, dtype=dtype, device=device, calibration=calibration
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_in_fp32_the_sequences_agree(tiny_model: Path, device: str) -> None:
+    assert agreement_db(load(tiny_model, "bf16_base", "float32", device)) > 100
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("policy", ["online_fp8", "fp8-row", "int8-rot"])
+def test_quantized_on_the_way(tiny_model: Path, device: str, policy: str) -> None:
+    """One code that falls to the other side is worth a share of 1e-2 in one value."""
+    assert agreement_db(load(tiny_model, policy, "float32", device)) > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash2", "math"])
+@pytest.mark.parametrize("policy", ["bf16_base", "online_fp8", "fp8-row", "int8-rot"])
+def test_nano_in_bf16(policy: str, backend: str) -> None:
+    pipeline = load("nano", policy, "bfloat16", "cuda")
+    assert agreement_db(pipeline, backend) > 30
+
+
+def test_static_scales_are_read(tiny_model: Path) -> None:
+    folder = find_model(str(tiny_model))
+    base = load(tiny_model, "bf16_base", "float32", "cpu")
+    settings = CalibrationSettings.default(folder, base.default_size)
+    calibration = run_calibration(base, folder, settings, None)
+    pipeline = load(tiny_model, "full", "float32", "cpu", calibration)
+    assert agreement_db(pipeline) > 40
+    scale = pipeline.transformer.layers[0].feed_forward.w2.input_scale
+    assert scale is not None
+    before = fused(pipeline)
+    latent, (values, is_pad) = inputs(pipeline), caption(pipeline)
+    with torch.inference_mode():
+        refined = pipeline.transformer.refine_caption(values, is_pad)
+        first = before.forward(latent, transformer_time(0.5), refined).clone()
+        scale.mul_(100)
+        second = before.forward(latent, transformer_time(0.5), refined)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_samples_of_a_batch_do_not_touch_each_other(tiny_model: Path, device: str) -> None:
+    pipeline = load(tiny_model, "bf16_base", "float32", device)
+    engine = fused(pipeline)
+    with torch.inference_mode():
+        refined = pipeline.transformer.refine_caption(*caption(pipeline))
+        latent = inputs(pipeline, batch=3)
+        together = engine.forward(latent, transformer_time(0.7), refined).clone()
+        for index in range(3):
+            alone = engine.forward(latent[index : index + 1], transformer_time(0.7), refined)
+            assert sqnr_db(together[index : index + 1], alone) > 100
+
+
+@pytest.mark.gpu
+def test_a_graph_serves_every_step_and_prompt() -> None:
+    pipeline = load("nano", "online_fp8", "bfloat16", "cuda")
+    engine = fused(pipeline)
+    with torch.inference_mode():
+        for seed in range(3):
+            values, is_pad = caption(pipeline)
+            refined = engine.refine_caption(values + seed, is_pad)
+            plain = pipeline.transformer.refine_caption(values + seed, is_pad)
+            assert sqnr_db(refined, plain) > 60
+            for sigma in (1.0, 0.6, 0.3):
+                engine.forward(inputs(pipeline) * (seed + 1), transformer_time(sigma), refined)
+    assert len(engine.graphs) == 2  # one step, one caption
+
+
+def test_timesteps_are_kept_and_forgotten(tiny_model: Path) -> None:
+    engine = fused(load(tiny_model, "bf16_base", "float32", "cpu"))
+    with torch.inference_mode():
+        first = engine._vectors(transformer_time(0.5))
+        assert engine._vectors(transformer_time(0.5)) is first
+        for index in range(40):
+            engine._vectors(transformer_time(index / 40))
+        assert len(engine._timesteps) <= 16
+        again = engine._vectors(transformer_time(0.5))
+    assert torch.equal(again, first)
+
+
+def test_packing_adaln_holds_no_weight_twice(tiny_model: Path) -> None:
+    pipeline = load(tiny_model, "bf16_base", "float32", "cpu")
+    engine = fused(pipeline)
+    block = pipeline.transformer.layers[0].adaLN_modulation[0]
+    packed = engine._adaln.weight.untyped_storage()
+    assert block.weight.untyped_storage().data_ptr() == packed.data_ptr()

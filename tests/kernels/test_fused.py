@@ -1,0 +1,174 @@
+"""The fused kernels against their references: in Triton's interpreter here, on a GPU where one is.
+
+E4M3 codes are compared on a GPU only: the interpreter casts to E4M3 wrongly.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from zimage_fp8.kernels import activation, norm, qk_norm_rope
+from zimage_fp8.kernels.activation import Activation, Output
+from zimage_fp8.kernels.language import HAS_TRITON
+from zimage_fp8.kernels.rope import rope_table
+from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
+from zimage_fp8.numerics import (
+    E4M3_ROW,
+    E4M3_STATIC,
+    INT8_ROT,
+    INT8_ROW,
+    QuantSpec,
+    rotation_group,
+)
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+ON_CPU: list[QuantSpec | None] = [None, INT8_ROW, INT8_ROT]
+ON_GPU: list[QuantSpec | None] = [*ON_CPU, E4M3_STATIC, E4M3_ROW]
+CASES = [
+    *(("cpu", torch.float32, spec) for spec in ON_CPU),
+    *(
+        pytest.param("cuda", dtype, spec, marks=pytest.mark.gpu)
+        for dtype in (torch.bfloat16, torch.float32)
+        for spec in ON_GPU
+    ),
+]
+WIDTHS = {"cpu": (192, 768), "cuda": (192, 512, 3840, 10240)}
+
+
+def randn(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    x[..., 3] *= 30  # a channel that stands out, and below a token of zeros
+    return x.to(device, dtype)
+
+
+def output(spec: QuantSpec | None, device: str) -> Output:
+    static = spec is not None and spec.is_static
+    return Output(spec, torch.tensor(0.0123, device=device) if static else None)
+
+
+def agree(actual: Activation, expected: Activation, out: Output, dtype: torch.dtype) -> None:
+    """Same scales to an fp32 ulp or two; codes equal but for one in 1e4, which are neighbours."""
+    assert actual.values.dtype == expected.values.dtype
+    if out.spec is None:
+        tolerance = 1e-5 if dtype == torch.float32 else 1 / 128
+        torch.testing.assert_close(actual.values, expected.values, rtol=tolerance, atol=1e-5)
+        differ = actual.values != expected.values
+        assert dtype == torch.float32 or differ.float().mean() < 1e-3
+        return
+    assert actual.scale is not None
+    assert expected.scale is not None
+    torch.testing.assert_close(actual.scale, expected.scale, rtol=1e-6, atol=0)
+    steps = (codes(actual.values) - codes(expected.values)).abs()
+    assert steps.max() <= 1, f"codes differ by {steps.max().item()} steps"
+    assert (steps > 0).float().mean() <= 1e-4, f"{(steps > 0).float().mean().item():.1e} differ"
+
+
+def codes(q: Tensor) -> Tensor:
+    """8-bit codes as integers in the order of the values they stand for."""
+    bits = q.view(torch.int8).int()
+    if q.dtype == torch.int8:
+        return bits
+    return torch.where(bits < 0, -(bits & 127), bits)
+
+
+@pytest.mark.parametrize(("device", "dtype", "spec"), CASES)
+def test_encode(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
+    """No arithmetic before the epilogue: every bit must agree."""
+    out = output(spec, device)
+    for width in WIDTHS[device]:
+        x = randn(7, width, device=device, dtype=dtype)
+        x[5] = 0
+        actual = activation.encode_triton(x, out)
+        expected = activation.encode_reference(x.float(), out, dtype)
+        assert (
+            torch.equal(codes(actual.values), codes(expected.values))
+            if spec
+            else torch.equal(actual.values, expected.values)
+        )
+        if spec:
+            assert actual.scale is not None
+            assert expected.scale is not None
+            assert torch.equal(actual.scale, expected.scale)
+
+
+@pytest.mark.parametrize(("device", "dtype", "spec"), CASES)
+def test_norm(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
+    out = output(spec, device)
+    for width in WIDTHS[device]:
+        x = randn(2, 32, width, device=device, dtype=dtype)
+        x[1, 5] = 0
+        vector = randn(2, 5, width, device=device, seed=1)[:, 2]  # strided, as the engine's is
+        actual = norm.norm_triton(x, vector, 1e-5, out)
+        agree(actual, norm.norm_reference(x, vector, 1e-5, out), out, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype", "spec"), CASES)
+def test_residual_norm(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
+    out = output(spec, device)
+    for width in WIDTHS[device]:
+        x = randn(2, 32, width, device=device, dtype=dtype)
+        h = randn(64, width, device=device, dtype=dtype, seed=2)
+        table = randn(2, 5, width, device=device, seed=1)
+        gate, vector = table[:, 1], table[:, 2]
+        total, actual = norm.residual_norm_triton(x, h, gate, vector, 1e-5, out)
+        expected_total = norm.residual_reference(x, h, gate, 1e-5)
+        agree(Activation(total), Activation(expected_total), Output(), dtype)
+        # The norm is compared on the kernel's own sum, so that its rounding is not counted twice.
+        agree(actual, norm.norm_reference(total, vector, 1e-5, out), out, dtype)
+        assert torch.equal(norm.residual_triton(x, h, gate, 1e-5), total)
+
+
+@pytest.mark.parametrize(("device", "dtype", "spec"), CASES)
+def test_gated(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
+    out = output(spec, device)
+    for width in WIDTHS[device]:
+        w13 = randn(5, 2 * width, device=device, dtype=dtype)
+        actual = gated_triton(w13, out)
+        agree(actual, gated_reference(w13, out), out, dtype)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "head_dim"),
+    [
+        ("cpu", torch.float32, 3, 64),
+        pytest.param("cuda", torch.float32, 3, 64, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 3, 64, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 30, 128, marks=pytest.mark.gpu),
+    ],
+)
+def test_qk_norm_rope(device: str, dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    tokens = 32
+    qkv = randn(2, tokens, 3 * heads * head_dim, device=device, dtype=dtype)
+    weights = [1 + 0.1 * randn(head_dim, device=device, dtype=dtype, seed=s) for s in (1, 2)]
+    positions = torch.arange(tokens)[:, None].expand(-1, 3)
+    half = head_dim // 4
+    table = rope_table(positions, (half, half, 2 * half), 256.0).to(device)
+    expected = qk_norm_rope.qk_norm_rope_reference(qkv.clone(), *weights, table, 1e-5)
+    actual = qk_norm_rope.qk_norm_rope_triton(qkv, *weights, table, 1e-5)
+    for got, wanted in zip(actual, expected, strict=True):
+        agree(Activation(got), Activation(wanted), Output(), dtype)
+    assert torch.equal(actual[2], expected[2])  # v is not touched
+
+
+def test_rotation_is_its_own_inverse_and_spreads() -> None:
+    from zimage_fp8.kernels.rotate import rotate
+
+    for width in (192, 512, 3840, 10240):
+        group = rotation_group(width)
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(rotate(rotate(x, group), group), x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rotate(x, group).norm(dim=-1), x.norm(dim=-1))
+        one_hot = torch.zeros(width)
+        one_hot[group + 1 if width > group else 1] = 1
+        assert rotate(one_hot, group).abs().max() == pytest.approx(group**-0.5)
+
+
+def test_a_rotation_that_does_not_fit_is_refused() -> None:
+    from zimage_fp8.kernels.rotate import rotate
+
+    for width, group in ((100, 64), (128, 128), (192, 48)):
+        with pytest.raises(ValueError, match="cannot rotate"):
+            rotate(torch.zeros(width), group)
