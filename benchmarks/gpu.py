@@ -19,7 +19,7 @@ def envelope() -> Envelope:
     """The facts in front of every result file."""
     facts: Envelope = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [sys.argv[0].rpartition("/")[2], *sys.argv[1:]],
+        "command": [sys.argv[0].rpartition("/")[2], *map(_without_machine, sys.argv[1:])],
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
@@ -38,6 +38,11 @@ def envelope() -> Envelope:
         except ImportError:
             pass
     return facts
+
+
+def _without_machine(word: str) -> str:
+    """An absolute path's last part: where files lie on this machine says nothing to a reader."""
+    return word.rpartition("/")[2] if word.startswith("/") else word
 
 
 @contextmanager

@@ -52,15 +52,17 @@ MAX_FUSED_ERROR = 2e-3  # a BF16 rounding here and there; codes a step apart are
 TILES = (
     Tile(),
     Tile(stages=4, parts=2),
-    Tile(group=4),
     Tile(group=16),
-    Tile(m=256, n=128),
+    Tile(stages=4, parts=2, group=16),
+    Tile(stages=4, parts=2, group=4),
+    Tile(n=128, warps=4, per_sm=2),
+    Tile(n=128, warps=4, stages=3, parts=2, per_sm=2),
+    Tile(n=128, warps=4, stages=3, per_sm=2, group=16),
+    Tile(m=64, n=256, warps=4, stages=2, per_sm=2, parts=2),
     Tile(m=256, n=128, stages=4, parts=2),
-    Tile(n=128, warps=8, stages=4),
-    Tile(n=128, warps=4, stages=4),
-    Tile(m=64, n=256, warps=4, stages=4),
+    Tile(k=256, stages=2, parts=2),
 )
-POINTER_TILES = (Tile(n=128, warps=4), Tile(n=256, warps=8), Tile(n=128, warps=8, stages=4))
+POINTER_TILES = (Tile(n=128, warps=4),)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def gemm_shape(
 def _tile_text(tile: Tile | None) -> str:
     if tile is None:
         return ""
-    return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} p{tile.parts} g{tile.group}"
+    shape = f"{tile.m}x{tile.n}x{tile.k}"
+    return f"{shape} w{tile.warps} s{tile.stages} p{tile.parts} g{tile.group} x{tile.per_sm}"
 
 
 def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -213,6 +216,33 @@ def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
     return [
         {"capability": capability, **{part: row[part] for part in parts}} for row in best.values()
     ]
+
+
+def merge_choices(path: Path, choices: list[dict[str, object]]) -> None:
+    """Replace what was measured anew; other kinds, shapes and GPUs stay."""
+    parts = ("capability", "kind", "columns", "depth", "rows")
+    table = {
+        tuple(map(str, (row[part] for part in parts))): row
+        for row in [*json.loads(path.read_text())["choices"], *choices]
+    }
+    rows = [table[key] for key in sorted(table)]
+    path.write_text(json.dumps({"choices": rows}, indent=1) + "\n")
+
+
+def merge_ceiling(path: Path, record: Envelope) -> None:
+    """The best product of every format and the copy bandwidth of this GPU; other GPUs stay."""
+    best: dict[str, float] = {}
+    for row in record["gemm"]:
+        format = row["kind"].partition("-")[0]
+        best[format] = max(best.get(format, 0.0), row.get("tflops", 0.0))
+    table = json.loads(path.read_text())
+    table[record["gpu"]["name"]] = {
+        "tflops": best,
+        "gb_per_s": record["fused"][0]["gb_per_s"],
+        "created": record["created"],
+        "commit": record["commit"],
+    }
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 SPECS: dict[str, QuantSpec | None] = {
@@ -369,10 +399,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--choices", type=Path, help="write the engine's GEMM table there")
+    parser.add_argument("--ceilings", type=Path, help="write what a profile compares with there")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--no-fused", action="store_true")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.ceilings and (arguments.no_fused or set(arguments.kinds) != set(KINDS)):
+        parser.error("--ceilings needs every kind and the fused kernels")
     if arguments.compile:
         index, _, count = arguments.compile.partition("/")
         compile_share(int(index), int(count))
@@ -389,7 +422,9 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.choices:
-        arguments.choices.write_text(json.dumps({"choices": choices}, indent=1) + "\n")
+        merge_choices(arguments.choices, choices)
+    if arguments.ceilings:
+        merge_ceiling(arguments.ceilings, record)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+import engine_tables
+import quality
+from zimage_fp8.bench.notes import hardware, notes
+from zimage_fp8.bench.plots import Rung, ladder
 from zimage_fp8.bench.record import read_record
-from zimage_fp8.bench.report import hardware, notes
 from zimage_fp8.bench.table import markdown_table, marked_table
 from zimage_fp8.cli import app
 
@@ -52,6 +55,8 @@ def rendered_files(root: Path) -> Iterator[tuple[Path, str]]:
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         yield path, render_blocks(path.read_text(), BLOCKS, root / "benchmarks" / "results")
     yield root / "docs" / "cli.md", command_reference()
+    if plot := engine_ladder_plot(root / "benchmarks" / "results"):
+        yield root / "docs" / "images" / "engine-ladder.svg", plot
 
 
 def render_blocks(text: str, blocks: dict[str, Renderer], results: Path) -> str:
@@ -109,6 +114,117 @@ def evaluation_table(results: Path) -> str:
     return "\n\n".join([table, vae, made_with(*facts)])
 
 
+def picture_table(results: Path) -> str:
+    """Encoders of PNG: CPU time and sizes of files, as benchmarks/picture.py measured them."""
+    record = json.loads((results / "picture.json").read_text())
+    found = {(row["encoder"], row["size"], row["content"]): row for row in record["rows"]}
+    encoders, sizes, contents = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    header = ["PNG encoder, CPU ms · MB"]
+    header += [f"{size}, {content}" for content in contents for size in sizes]
+    body = []
+    for encoder in encoders:
+        cells = (found[encoder, size, content] for content in contents for size in sizes)
+        shown = (f"{it['png_cpu_ms']:.1f} · {it['file_bytes'] / 1e6:.2f}" for it in cells)
+        body.append([encoder, *shown])
+    machine = record["machine"]
+    where = f"{machine['cpu']}, one core, best of {record['runs']}"
+    shown_versions = ("python", "numpy", "pillow", "isal", "zlib-ng", "deflate", "fpng")
+    versions = {name: it for name, it in record["versions"].items() if name in shown_versions}
+    facts = (where, versions, record["commit"], f"python benchmarks/{' '.join(record['command'])}")
+    return "\n\n".join([markdown_table(header, body), made_with(*facts)])
+
+
+def engine_ladder(results: Path) -> str:
+    """What every step of the engine won; nothing until it was measured."""
+    path = results / "engine-ladder.json"
+    if not path.exists():
+        return "Not measured yet."
+    found = json.loads(path.read_text())
+    sizes = list(dict.fromkeys(size for rung in found["rungs"] for size in rung["ms"]))
+    first = {s: next(r["ms"][s] for r in found["rungs"] if s in r["ms"]) for s in sizes}
+    columns = [f"{size.replace('x', ' × ')} (ms)" for size in sizes]
+
+    def cell(ms: dict[str, float], size: str) -> str:
+        return f"{ms[size]:.1f} ({first[size] / ms[size]:.2f}×)" if size in ms else "n/a"
+
+    body = [
+        [rung["name"], rung["what"], *(cell(rung["ms"], size) for size in sizes)]
+        for rung in found["rungs"]
+    ]
+    device = found["gpu"]["name"] if "gpu" in found else found["machine"]["cpu"]
+    command = f"python benchmarks/{' '.join(found['command'])}"
+    return "\n\n".join(
+        [
+            f"![{LADDER_TITLE}](images/engine-ladder.svg)",
+            markdown_table(["step", "what it adds", *columns], body),
+            made_with(device, found["versions"], found["commit"], command),
+        ]
+    )
+
+
+def server_load(results: Path) -> str:
+    """What came of 64 rude clients."""
+    found = json.loads((results / "load-nano.json").read_text())
+    kinds = list(found["outcomes"])
+    outcomes = list(dict.fromkeys(it for kind in kinds for it in found["outcomes"][kind]))
+    rows = [
+        (kind.replace("_", " "), *(str(found["outcomes"][kind].get(it, "")) for it in outcomes))
+        for kind in kinds
+    ]
+    memory, files = found["rss_bytes"], found["open_files"]
+    text = (
+        f"{found['clients']} clients for {found['seconds']:.0f} s against nano: "
+        f"{found['requests']} requests, of which {sum(found['unexpected'].values())} were answered "
+        f"otherwise than they should be. Resident memory {memory['second_quarter'] / 2**20:.0f} "
+        f"MiB in the second quarter, {memory['last_quarter'] / 2**20:.0f} in the last; open files "
+        f"{files['before']} before, {files['most']} at most, {files['after']} after."
+    )
+    made = made_with(
+        f"{found['cores']} CPU cores", found["versions"], found["commit"], found["command"]
+    )
+    return "\n\n".join([text, markdown_table(["what clients did", *outcomes], rows), made])
+
+
+def server_overhead(results: Path) -> str:
+    """Everything but the model, for one picture."""
+    found = json.loads((results / "server-overhead.json").read_text())
+    columns = {
+        "server_ms": "server, ms",
+        "server_cpu_ms": "server, processor ms",
+        "png_ms": "PNG, ms",
+        "base64_ms": "base64, ms",
+    }
+    rows = [(form, *(f"{found[form][it]:.1f}" for it in columns)) for form in ("json", "raw")]
+    table = markdown_table(["answer", *columns.values()], rows)
+    text = (
+        f"What the server itself costs, around an engine that takes no time: medians of "
+        f"{found['runs']} pictures of {found['size']}. Processor time is that of the server's "
+        "process without PNG and base64."
+    )
+    if (load := found["load_average"][0]) > found["cores"] / 2:
+        text += (
+            f" Other programs kept the machine busy (load {load:.0f} on {found['cores']} cores), "
+            "which lengthens every wall time here."
+        )
+    made = made_with(
+        f"{found['cores']} CPU cores", found["versions"], found["commit"], found["command"]
+    )
+    return "\n\n".join([text, table, made])
+
+
+LADDER_TITLE = "Milliseconds per picture after every step of the engine"
+
+
+def engine_ladder_plot(results: Path) -> str | None:
+    """The same as an SVG; None until it was measured."""
+    path = results / "engine-ladder.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    rungs = [Rung(rung["name"], rung["what"], rung["ms"]) for rung in found["rungs"]]
+    return ladder(rungs, LADDER_TITLE)
+
+
 def made_with(
     machine: str, versions: dict[str, str], commit: str | None, command: str | None
 ) -> str:
@@ -123,6 +239,18 @@ BLOCKS: dict[str, Renderer] = {
     "nano-bench": bench_table,
     "nano-bench-notes": bench_notes,
     "nano-evaluation": evaluation_table,
+    "engine-block": engine_tables.block_table,
+    "engine-kernels": engine_tables.kernels_table,
+    "engine-ladder": engine_ladder,
+    "engine-loops": engine_tables.loops_table,
+    "engine-request": engine_tables.request_table,
+    "gemm-error": quality.gemm_table,
+    "nano-outliers": quality.outlier_table,
+    "nano-search": quality.search_table,
+    "nano-sensitivity": quality.sensitivity_table,
+    "picture": picture_table,
+    "server-load": server_load,
+    "server-overhead": server_overhead,
 }
 
 

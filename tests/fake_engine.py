@@ -7,21 +7,23 @@ from collections.abc import Callable
 import numpy as np
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
+from zimage_fp8.model.pipeline import CaptionCache, GeneratedImage, ImageRequest, Previews
 
 
 class FakeEngine:
     """Draws a flat picture whose grey is the seed, and previews whose grey is their step.
 
     While `gate` is cleared, `generate` waits before each step; each step lasts `step_s`, and
-    `steps_run` counts them.
+    `steps_run` counts them, and `requests` keeps what was drawn.
     """
 
     model = "fake"
-    policy = "bf16_base"
     default_size = (64, 32)
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "bf16_base") -> None:
+        self.policy = policy
+        self.captions = CaptionCache()
+        self.requests: list[ImageRequest] = []
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Semaphore(0)
@@ -47,7 +49,8 @@ class FakeEngine:
         previews: Previews | None = None,
     ) -> GeneratedImage:
         self.started.release()
-        for step in range(request.steps):
+        steps = request.steps_to_run
+        for step in range(steps):
             assert self.gate.wait(30)
             if self.failure:
                 raise self.failure
@@ -56,11 +59,12 @@ class FakeEngine:
             if previews and step + 1 in previews.steps:
                 previews.show(flat(request, step + 1))
             if on_step:
-                on_step(step + 1, request.steps)
+                on_step(step + 1, steps)
+        self.requests.append(request)
         pixels = flat(request, request.seed % 256)
-        sigmas = tuple(1 - step / request.steps for step in range(request.steps + 1))
+        sigmas = tuple(1 - step / request.steps for step in range(request.steps + 1))[-steps - 1 :]
         timings_s = {"encode": 0.25, "denoise": 0.5, "decode": 0.125}
-        return GeneratedImage(pixels, request, sigmas, request.steps, timings_s)
+        return GeneratedImage(pixels, request, sigmas, steps, timings_s)
 
     def describe(self) -> dict[str, object]:
         return {"model": self.model, "policy": self.policy, "device": "cpu", "versions": {}}

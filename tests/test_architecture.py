@@ -39,15 +39,21 @@ UP_TO_MODEL = {unit for layer in LAYERS[:6] for unit in layer}
 BESIDE: dict[str, set[str]] = {
     "bench": {
         *("errors", "layout", "numerics", "protocol", "provenance", "quant.policy"),
-        *("checkpoint.dialects", "checkpoint.shards"),
+        *("checkpoint.dialects", "checkpoint.own_format", "checkpoint.shards"),
         *("model.loading", "model.pipeline", "model.source"),
     },
     "card": {"errors", "provenance", "bench", "quant.policy", "checkpoint"},
     "doctor": FOUNDATION | {"kernels"},
     "generate": UP_TO_MODEL | {"engine", "picture"},
     "inspect": UP_TO_MODEL | {"picture"},
+    "diagnose": UP_TO_MODEL | {"evaluate", "heatmap"},
+    "evaluate": UP_TO_MODEL | {"bench.workload"},
+    "heatmap": set(),
+    "outliers": UP_TO_MODEL,
     "quantize": UP_TO_MODEL,
-    "render": UP_TO_MODEL | {"quantize"},
+    "search": UP_TO_MODEL | {"engine", "evaluate", "quantize", "sensitivity"},
+    "sensitivity": UP_TO_MODEL | {"evaluate", "heatmap", "quantize"},
+    "render": UP_TO_MODEL | {"engine", "quantize"},
 }
 NEED_NO_TORCH = ("errors", "protocol", "provenance", "bench.load", "bench.record", "cli")
 

@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fake_family import ROW, make_checkpoint, make_family
-from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_variant
+from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_rich_record, make_variant
 from zimage_fp8.bench.grid import grid_name
 from zimage_fp8.bench.record import VariantRecord, write_record
 from zimage_fp8.card import write_cards
@@ -104,10 +105,32 @@ def test_honesty(cards: dict[str, str], is_test_model: bool) -> None:
         assert "`*.feed_forward.w[123]`" in card
 
 
+def test_both_passes_intervals_and_warnings_are_on_the_card(tmp_path: Path) -> None:
+    record = make_rich_record()
+    make_family(tmp_path, record, ["full"])
+    (card,) = write_cards(tmp_path / "checkpoints", tmp_path / "record.json", namespace="me")
+    text = card.readme.read_text()
+    places = [
+        text.index(part)
+        for part in (
+            "### Pass A: `DIFFUSION_ATTENTION_BACKEND=SAGE_ATTN`, torch",
+            "| **full** 👈 |",
+            "### Pass B: `DIFFUSION_ATTENTION_BACKEND=TORCH_SDPA`, torch",
+            "## How sure",
+        )
+    ]
+    assert places == sorted(places)
+    assert text[places[2] : places[3]].count("| online_fp8 ★ |") == 1
+    assert "another attention" in text.partition("## How sure")[2]
+    assert "Another program used 12 % of the GPU." in text
+    assert "guidance cost 1.00 forwards more per step" in text
+    assert len(front_matter(text)["widget"]) == len(record.parameters.prompts)
+
+
 def test_the_family_lists_seven_and_points_here(cards: dict[str, str]) -> None:
     for policy, card in cards.items():
         family = card.partition("of this family")[2]
-        listed = re.findall(r"^- `me/\S+-FP8-(\S+)`(.*)", family, re.MULTILINE)
+        listed = re.findall(r"^- \[me/\S+-FP8-(\S+)\]\(\S+\)(.*)", family, re.MULTILINE)
         assert [other for other, _ in listed] == list(STATIC_POLICIES)
         assert [other for other, here in listed if here] == [policy]
 
@@ -162,10 +185,16 @@ class TestOneFamily:
         write_record(record, family / "record.json")
 
     def add_variant(self, family: Path, policy: str, **server: object) -> None:
-        record = make_record(on_gpu=False, is_test_model=True)
         like = make_variant("online_fp8", "process_rss", on_gpu=False)
-        new = like.model_copy(update={"policy": policy, "server": {**like.server, **server}})
-        self.replace_record(family, variants=[*record.variants, new])
+        facts = {"name": policy, "policy": policy, "server": {**like.server, **server}}
+        self.replace_variants(family, lambda old: [*old, like.model_copy(update=facts)])
+
+    def replace_variants(
+        self, family: Path, change: Callable[[list[VariantRecord]], list[VariantRecord]]
+    ) -> None:
+        (main,) = make_record(on_gpu=False, is_test_model=True).passes
+        variants = change(main.variants)
+        self.replace_record(family, passes=[main.model_copy(update={"variants": variants})])
 
     def test_a_checkpoint_without_calibration_claims_none(self, family: Path) -> None:
         self.add_variant(family, "fp8-row")
@@ -195,7 +224,29 @@ class TestOneFamily:
         written = self.write(family)
         assert [path.parent.name for path in written] == [*STATIC_POLICIES, "some"]
         card = written[-1].read_text()
-        assert "`me/nano-FP8-full-0-1` ← you are here" in card
+        assert "/me/nano-FP8-full-0-1) ← you are here" in card
+
+    def test_of_two_engines_the_card_describes_our_own(self, family: Path) -> None:
+        def with_another(old: list[VariantRecord]) -> list[VariantRecord]:
+            full = next(variant for variant in old if variant.name == "full")
+            slow = [r.model_copy(update={"latency_s": 9.0}) for r in full.requests]
+            facts = {"name": "theirs", "engine": "vllm-omni", "requests": slow, "server": {}}
+            return [old[0], full.model_copy(update=facts), *old[1:]]
+
+        self.replace_variants(family, with_another)
+        self.write(family)
+        card = (family / "checkpoints/full/README.md").read_text()
+        assert "**This variant (`full`)**: 0.850 s/image" in card
+        assert "| theirs | 9.000 |" in card
+
+    def test_what_the_server_told_is_on_the_card(self, family: Path) -> None:
+        facts = {"gemm": {"w1 w3": "triton fp8"}, "attention": "fa3", "device": "cpu"}
+        self.add_variant(family, "full[0-1]", calibration=DIGEST, **facts)
+        make_checkpoint(family / "checkpoints/some", "full[0-1]", "nano")
+        self.write(family)
+        ran = (family / "checkpoints/some/README.md").read_text().partition("## What ran")[2]
+        for line in ("- gemm, w1 w3: triton fp8", "- attention: fa3", "- sigmas: 1, 0.875, 0.75"):
+            assert line in ran
 
     def test_two_checkpoints_of_one_policy_are_refused(self, family: Path) -> None:
         make_checkpoint(family / "checkpoints/copy", "full", "nano")
@@ -272,8 +323,7 @@ class TestOneFamily:
         assert left == {"transformer"}
 
     def test_partly_identical_pictures(self, family: Path) -> None:
-        record = make_record(on_gpu=False, is_test_model=True)
-        self.replace_record(family, variants=[*map(with_one_identical_picture, record.variants)])
+        self.replace_variants(family, lambda old: [*map(with_one_identical_picture, old)])
         self.write(family)
         card = (family / "checkpoints/full/README.md").read_text()
         assert "PSNR 20.50 dB (1 of 2 identical) / SSIM" in card

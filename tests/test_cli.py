@@ -55,6 +55,40 @@ def test_several_pictures_count_their_seeds_up(run: Run, tmp_path: Path) -> None
     assert facts["seed"] == 8
 
 
+@pytest.mark.parametrize("name", ["SAGE_ATTN", "FLASH_ATTN", "nonsense"])
+@pytest.mark.parametrize("engine", ["auto", "fused"])
+def test_an_attention_of_the_environment_that_cannot_run_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, engine: str
+) -> None:
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", name)
+    ended = run("generate", PROMPT, "--engine", engine, "--device", "cpu", "--size", "32x32")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert repr(name) in ended.stderr
+
+
+def test_an_attention_of_the_environment_is_what_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "TORCH_SDPA")
+    short = ("--size", "32x32", "--steps", "1", "--device", "cpu", "--engine", "fused")
+    assert run("generate", PROMPT, *short, "-o", "a.png").code == 0
+    assert "sdpa (" in run("inspect", "a.png").stdout
+    assert run("generate", PROMPT, *short, "--attention-backend", "math", "-o", "b.png").code == 0
+    assert "math (" in run("inspect", "b.png").stdout
+
+
+def test_a_profile_is_printed_and_saved(run: Run, tmp_path: Path) -> None:
+    short = ("--size", "32x32", "--steps", "1", "--device", "cpu")
+    ended = run("generate", PROMPT, *short, "-o", "a.png", "--profile", "a.json")
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.startswith("a.png\nnano · bf16_base · cpu")
+    for row in ("encode", "denoise", "decode", "picture", "GEMM", "attention", "gaps"):
+        assert row in ended.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["nfe"] == 1
+    refused = run("generate", PROMPT, *short, "--profile", "a.txt")
+    assert (refused.code, "must end in .json" in refused.stderr) == (2, True)
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     shown = run("quantize", "nano", "--policy", "full[0-1]", "--dry-run")
     assert shown.code == 0

@@ -1,5 +1,6 @@
 """Documentation that cannot rot: commands parse, options are described, numbers come from files."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -50,6 +51,8 @@ def documented_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "arguments"), documented_commands())
 def test_a_documented_command_parses(where: str, arguments: str) -> None:
     verb, *rest = shlex.split(arguments, comments=True)
+    if rest and f"{verb} {rest[0]}" in COMMANDS:  # a verb of two words, as `bench report`
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
     COMMANDS[verb].make_context(verb, rest)  # raises what the command line would print
 
 
@@ -120,3 +123,20 @@ def test_every_decision_is_numbered_and_complete() -> None:
         assert text.startswith(f"# {number}. "), page.name
         for part in ("Context", "Choice", "Consequence"):
             assert f"**{part}.**" in text, f"{page.name}: no {part}"
+
+
+def test_the_ladder_is_rendered_from_its_result(tmp_path: Path) -> None:
+    assert render.engine_ladder(tmp_path) == "Not measured yet."
+    assert render.engine_ladder_plot(tmp_path) is None
+    rungs = [
+        {"name": "eager", "what": "as it comes", "ms": {"64x32": 30.0}},
+        {"name": "fused", "what": "our kernels", "ms": {"64x32": 12.0, "64x64": 20.0}},
+    ]
+    facts = {"machine": {"cpu": "a CPU"}, "versions": {"torch": "2"}, "commit": "abc"}
+    result = {**facts, "command": ["engine.py", "--ladder", "x"], "rungs": rungs}
+    (tmp_path / "engine-ladder.json").write_text(json.dumps(result))
+    table = render.engine_ladder(tmp_path)
+    assert "| fused | our kernels | 12.0 (2.50×) | 20.0 (1.00×) |" in table
+    assert "| eager | as it comes | 30.0 (1.00×) | n/a |" in table
+    assert "<sub>a CPU · torch 2 · commit abc · `python benchmarks/engine.py --ladder x`" in table
+    assert "12   2.50×" in (render.engine_ladder_plot(tmp_path) or "")

@@ -10,8 +10,9 @@ from zimage_fp8.errors import UsageError
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import ImageRequest, Pipeline
 from zimage_fp8.model.sampling import denoise, schedule
-from zimage_fp8.outliers import FEEDS, plant_outliers, power_of_two
+from zimage_fp8.outliers import plant_outliers, power_of_two
 from zimage_fp8.quant.calibrate import observe
+from zimage_fp8.quant.fold import FEEDS
 
 REQUEST = ImageRequest("a red apple", 64, 64, steps=2)
 

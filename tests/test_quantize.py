@@ -214,7 +214,7 @@ def test_a_failure_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("policies", "said"),
     [
-        (["online_fp8"], "cannot be stored"),
+        (["online_fp8"], "needs no checkpoint"),
         (["bf16_base"], "quantizes nothing"),
         (["all", "full"], "named twice"),
         (["best"], "unknown policy"),

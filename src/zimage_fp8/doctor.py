@@ -1,24 +1,34 @@
-"""What this machine can run, and why not.
+"""What this machine can run, and why not the rest.
 
-The E4M3 product and PyTorch's own attention kernels are tried, on a tiny example. INT8 and the
-attention packages of others, which this program does not call, are judged by the GPU's compute
-capability and by what is installed.
+A compute capability, a missing package or a missing GPU rules an ability out; what is left is
+tried, on a tiny example, by the same functions that draw pictures.
 """
 
 import importlib.metadata
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, get_token
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 
-from zimage_fp8.kernels.scaled_mm import scaled_mm, scaled_mm_reference
-from zimage_fp8.numerics import amax, quantize, scale_of
+from zimage_fp8.kernels.activation import Activation
+from zimage_fp8.kernels.attention import BACKENDS, Backend, Target, choose_backend
+from zimage_fp8.kernels.language import HAS_TRITON
+from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, default_implementation, matmul, refusal
+from zimage_fp8.kernels.scaled_mm import scaled_mm_reference
+from zimage_fp8.numerics import (
+    DTYPE,
+    E4M3_ROW,
+    E4M3_STATIC,
+    INT8_ROW,
+    QuantSpec,
+    amax,
+    quantize,
+    scale_of,
+)
 from zimage_fp8.provenance import machine, versions
 
 Capability = tuple[int, int]
@@ -26,29 +36,23 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Need:
-    """What a GPU must have: a compute capability of at least `lowest` and below `below`."""
+    """What a GPU must have: a compute capability of at least `lowest`. instead: what runs below."""
 
     what: str
     lowest: Capability
-    below: Capability
     generations: str
+    instead: str = ""
 
     def is_met_by(self, capability: Capability) -> bool:
-        return self.lowest <= capability < self.below
+        return capability >= self.lowest
 
 
-ANY_NEWER: Capability = (99, 0)
-FP8 = Need("FP8 tensor cores", (8, 9), ANY_NEWER, "Ada, Hopper, Blackwell")
-INT8 = Need("asynchronous INT8 tensor cores", (8, 0), ANY_NEWER, "Ampere and newer")
-FLASH_3 = Need("fa3-fwd", (9, 0), (10, 0), "Hopper only")
-SAGE = Need("sageattention", (8, 0), ANY_NEWER, "Ampere and newer")
+BF16 = Need("BF16 tensor cores", (8, 0), "Ampere and newer")
+INT8 = Need("asynchronous INT8 tensor cores", (8, 0), "Ampere and newer")
+FP8 = Need("FP8 tensor cores", (8, 9), "Ada, Hopper, Blackwell", "policy int8-rot runs from 8.0")
+TMA = Need("bulk copies between memories", (9, 0), "Hopper, Blackwell", "triton takes its place")
 
-SDPA_BACKENDS: dict[str, SDPBackend] = {
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
+HEAD_DIM = 128  # Z-Image's
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Report:
     machine: dict[str, object]
     gpus: tuple[Gpu, ...]
     arithmetic: tuple[Verdict, ...]
+    products: tuple[Verdict, ...]
     attention: tuple[Verdict, ...]
     packages: tuple[Package, ...]
     hub: Hub
@@ -109,13 +114,16 @@ OPTIONAL_PACKAGES: tuple[tuple[str, str, str], ...] = (
 
 
 def examine() -> Report:
-    """Look at this machine. Touches no network; on a GPU it runs a few kernels of microseconds."""
+    """Look at this machine. Touches no network. On a GPU it runs a few small kernels, some of
+    which Triton compiles first, once."""
+    capability = _capability()
     return Report(
-        versions=versions(),
+        versions=versions() | {"triton": _installed("triton") or "absent"},
         machine=machine(),
         gpus=_gpus(),
-        arithmetic=_arithmetic(),
-        attention=_attention(),
+        arithmetic=arithmetic(capability),
+        products=products(capability),
+        attention=attention(capability),
         packages=_packages(),
         hub=_hub(),
     )
@@ -137,6 +145,7 @@ def render(report: Report) -> str:
         f"{'offline' if hub.is_offline else 'online'}, {'a' if hub.has_token else 'no'} token",
     ]
     lines += ["", "arithmetic", *_verdict_lines(report.arithmetic)]
+    lines += ["", "matrix products", *_verdict_lines(report.products)]
     lines += ["", "attention", *_verdict_lines(report.attention)]
     lines += ["", "optional packages"]
     for package in report.packages:
@@ -148,7 +157,7 @@ def render(report: Report) -> str:
 def _verdict_lines(verdicts: tuple[Verdict, ...]) -> Iterator[str]:
     for verdict in verdicts:
         answer = "yes" if verdict.is_available else "no"
-        yield f"  {answer:<4} {verdict.name:<20} {verdict.why}"
+        yield f"  {answer:<4} {verdict.name:<22} {verdict.why}"
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -191,16 +200,33 @@ def _hub() -> Hub:
     )
 
 
-def _arithmetic() -> tuple[Verdict, ...]:
-    fp8_gpu = gate("FP8 on the GPU", FP8, _capability())
-    if fp8_gpu.is_available:
-        fp8_gpu = try_fp8(fp8_gpu.name, torch.device("cuda"))
+def arithmetic(capability: Capability | None) -> tuple[Verdict, ...]:
+    """Formats by device. capability: the GPU's, None for no GPU that torch can use."""
     return (
         _bf16_on_cpu(),
-        try_fp8("FP8 on the CPU", torch.device("cpu")),
-        fp8_gpu,
-        gate("INT8 on the GPU", INT8, _capability()),
+        try_product("FP8 on the CPU", E4M3_STATIC, torch.device("cpu")),
+        try_product("INT8 on the CPU", INT8_ROW, torch.device("cpu")),
+        gate("BF16 on the GPU", BF16, capability),
+        _product_on_gpu("FP8 on the GPU", E4M3_STATIC, FP8, capability),
+        _product_on_gpu("FP8 by row on the GPU", E4M3_ROW, FP8, capability),
+        _product_on_gpu("INT8 on the GPU", INT8_ROW, INT8, capability),
+        _fused_kernels(capability),
     )
+
+
+def _product_on_gpu(
+    name: str, spec: QuantSpec, need: Need, capability: Capability | None
+) -> Verdict:
+    verdict = gate(name, need, capability)
+    return try_product(name, spec, torch.device("cuda")) if verdict.is_available else verdict
+
+
+def _fused_kernels(capability: Capability | None) -> Verdict:
+    verdict = gate("fused kernels", BF16, capability)
+    if verdict.is_available and not HAS_TRITON:
+        why = "triton is not installed: PyTorch runs their steps one by one, slowly"
+        return Verdict(verdict.name, False, f"{why}; pip install triton")
+    return verdict
 
 
 def _bf16_on_cpu() -> Verdict:
@@ -219,7 +245,9 @@ def gate(name: str, need: Need, capability: Capability | None) -> Verdict:
     if capability is None:
         return Verdict(name, False, no_gpu_reason(torch.version.cuda))
     why = f"{need.what}: {_dotted(need.lowest)} ({need.generations}), here {_dotted(capability)}"
-    return Verdict(name, need.is_met_by(capability), why)
+    if need.is_met_by(capability):
+        return Verdict(name, True, why)
+    return Verdict(name, False, f"{why}; {need.instead}" if need.instead else why)
 
 
 def no_gpu_reason(cuda: str | None) -> str:
@@ -229,63 +257,95 @@ def no_gpu_reason(cuda: str | None) -> str:
     return f"torch is built for CUDA {cuda}, but no device answers: nvidia-smi says more"
 
 
-def try_fp8(name: str, device: torch.device) -> Verdict:
-    """Multiply E4M3 codes on `device` and compare with dequantize-and-multiply."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 32, generator=generator)
-    weight = torch.randn(16, 32, generator=generator)
-    scale, weight_scale = scale_of(amax(x), "e4m3"), scale_of(amax(weight), "e4m3")
-    codes = quantize(x, scale, "e4m3"), quantize(weight, weight_scale, "e4m3")
-    expected = scaled_mm_reference(codes[0], scale, codes[1], weight_scale, torch.bfloat16)
+def try_product(name: str, spec: QuantSpec, device: torch.device) -> Verdict:
+    """Multiply 8-bit codes on `device` and compare with dequantize-and-multiply."""
+    x, scale = _codes(32, spec, per_row=not spec.is_static, seed=0)
+    weight, weight_scale = _codes(64, spec, per_row=spec.weight == "per-channel", seed=1)
+    weight_scale = weight_scale.flatten() if weight_scale.ndim else weight_scale
+    expected = scaled_mm_reference(x, scale, weight, weight_scale, torch.bfloat16)
+    there = Activation(x.to(device), scale.to(device))
     try:
-        found = scaled_mm(
-            codes[0].to(device),
-            scale.to(device),
-            codes[1].to(device),
-            weight_scale.to(device),
-            torch.bfloat16,
-        ).cpu()
-    except (RuntimeError, NotImplementedError) as error:
+        scales = weight_scale.to(device)
+        how = default_implementation(there, scales)
+        found = matmul(there, weight.to(device), scales, torch.bfloat16).cpu()
+    except Exception as error:  # noqa: BLE001  whatever stops it is the answer
         return Verdict(name, False, f"tried: {_first_line(error)}")
     if torch.equal(found, expected):
-        return Verdict(name, True, "tried: equals dequantize-and-multiply bit for bit")
+        return Verdict(name, True, f"tried ({how}): equals dequantize-and-multiply bit for bit")
     distance = float((found.float() - expected.float()).norm() / expected.float().norm())
     # Two orders of summation in fp32 differ by at most one BF16 rounding, 2^-8.
-    return Verdict(name, distance < 2**-8, f"tried: {distance:.1e} from dequantize-and-multiply")
+    why = f"tried ({how}): {distance:.1e} from dequantize-and-multiply"
+    return Verdict(name, distance < 2**-8, why)
 
 
-def _attention() -> tuple[Verdict, ...]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return (
-        *(_try_sdpa(name, backend, device) for name, backend in SDPA_BACKENDS.items()),
-        _wheel("FlashAttention 3", "fa3-fwd", FLASH_3),
-        _wheel("SageAttention", "sageattention", SAGE),
-    )
+def _codes(rows: int, spec: QuantSpec, *, per_row: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Random codes [rows, 64] and their scale, [] or [rows, 1]."""
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed))
+    scale = scale_of(amax(x, per_row=per_row), spec.format)
+    return quantize(x, scale, spec.format), scale
 
 
-def _try_sdpa(name: str, backend: SDPBackend, device: torch.device) -> Verdict:
-    name = f"SDPA {name}"
-    x = torch.ones(1, 2, 64, 128, dtype=torch.bfloat16, device=device)  # Z-Image's head size
-    with warnings.catch_warnings(record=True) as reasons:  # torch explains a refusal in warnings
-        warnings.simplefilter("always")
-        try:
-            with sdpa_kernel(backend):
-                scaled_dot_product_attention(x, x, x)
-        except RuntimeError as error:
-            if device.type == "cpu":
-                return Verdict(name, False, "a GPU kernel; there is no GPU")
-            said = [_first_line(reason.message) for reason in reasons] or [_first_line(error)]
-            return Verdict(name, False, f"tried: {' '.join(said)}")
-    return Verdict(name, True, f"tried on the {device.type.upper()}")
+def products(capability: Capability | None) -> tuple[Verdict, ...]:
+    """Every implementation of `kernels.matmul`, and the operands it takes on this GPU."""
+    return tuple(_takes(name, capability) for name in IMPLEMENTATIONS)
 
 
-def _wheel(name: str, package: str, need: Need) -> Verdict:
-    """A package with attention kernels of its own: the GPU must suit it, and it must be there."""
-    verdict = gate(name, need, _capability())
-    version = _installed(package)
-    if verdict.is_available and version is None:
-        return Verdict(name, False, f"not installed: pip install {package}")
-    return verdict
+def _takes(implementation: str, capability: Capability | None) -> Verdict:
+    fp8 = gate(implementation, FP8, capability)
+    if implementation != "reference":
+        verdict = gate(implementation, TMA if implementation == "triton-tma" else BF16, capability)
+        if not verdict.is_available:
+            return verdict
+        if implementation.startswith("triton") and not HAS_TRITON:
+            return Verdict(implementation, False, "triton is not installed; pip install triton")
+    takes = [name for name, given in _operands().items() if not refusal(implementation, *given)]
+    if implementation == "reference" or fp8.is_available:
+        return Verdict(implementation, True, f"takes {', '.join(takes)}")
+    left = [name for name in takes if not name.startswith("E4M3")]
+    why = f"takes {', '.join(left)}, no E4M3: {fp8.why}" if left else fp8.why
+    return Verdict(implementation, bool(left), why)
+
+
+def _operands() -> dict[str, tuple[Activation, Tensor | None]]:
+    """The kinds of inputs and weight scales that linear layers have."""
+    codes = {
+        format: torch.zeros(16, 16, dtype=DTYPE[format])
+        for format in (E4M3_ROW.format, INT8_ROW.format)
+    }
+    one, rows, columns = torch.ones([]), torch.ones(16, 1), torch.ones(16)
+    return {
+        "BF16": (Activation(torch.zeros(16, 16, dtype=torch.bfloat16)), None),
+        "E4M3 under two scalars": (Activation(codes["e4m3"], one), one),
+        "E4M3 by row": (Activation(codes["e4m3"], rows), columns),
+        "INT8 by row": (Activation(codes["int8"], rows), columns),
+    }
+
+
+def attention(capability: Capability | None) -> tuple[Verdict, ...]:
+    """Every backend of `kernels.attention` on the device that pictures would be drawn on."""
+    device = torch.device("cuda" if capability else "cpu")
+    target = Target(device, torch.bfloat16, HEAD_DIM)
+    auto, _ = choose_backend("auto", target)
+    return tuple(_attends(backend, target, auto) for backend in BACKENDS.values())
+
+
+def _attends(backend: Backend, target: Target, auto: Backend) -> Verdict:
+    if reason := backend.refusal(target):
+        return Verdict(backend.name, False, reason)
+    try:
+        try_attention(backend.run, target)
+    except Exception as error:  # noqa: BLE001  whatever stops it is the answer
+        return Verdict(backend.name, False, f"tried: {_first_line(error)}")
+    chosen = "; auto takes it" if backend is auto else ""
+    return Verdict(backend.name, True, f"tried: {backend.summary}{chosen}")
+
+
+def try_attention(run: Callable[[Tensor, Tensor, Tensor], Tensor], target: Target) -> None:
+    """Attend over a tiny example. Raises what the backend raises, and RuntimeError when the
+    average of equal values is far from that value (quantized backends miss it by a little)."""
+    x = torch.ones(1, 64, 2, target.head_dim, dtype=target.dtype, device=target.device)
+    if not torch.allclose(run(x, x, x), x.flatten(2), rtol=0.02):
+        raise RuntimeError("the result is wrong")
 
 
 def _first_line(text: object) -> str:

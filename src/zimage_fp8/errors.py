@@ -3,7 +3,8 @@
     ZImageError            1   something failed: a file, a model, a machine
     ├── UsageError         2   the request itself is wrong: an unknown policy, a bad size
     ├── ModelError         1   the model folder is not a Z-Image pipeline, or parts are missing
-    └── CheckpointError    1   tensors are missing, unexpected, mis-shaped, mis-typed or damaged
+    ├── CheckpointError    1   tensors are missing, unexpected, mis-shaped, mis-typed or damaged
+    └── OutOfMemory        1   the device has not enough memory left for this picture
 
 Every message names the value, what was expected and what to do.
 """
@@ -33,6 +34,10 @@ class UsageError(ZImageError):
 
 class ModelError(ZImageError):
     """The folder is not a model this program can run."""
+
+
+class OutOfMemory(ZImageError):
+    """A picture does not fit into the device's memory; smaller ones may."""
 
 
 class CheckpointError(ZImageError):

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from zimage_fp8.bench.workload import FIRST_SEED, profile_of
+from zimage_fp8.checkpoint.provenance import stored_factors
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.layout import members_of
 from zimage_fp8.model.calibration import (
     CalibrationSettings,
     OnForward,
@@ -30,6 +32,7 @@ from zimage_fp8.model.pipeline import ImageRequest, Pipeline
 from zimage_fp8.model.sampling import Velocity, denoise, schedule
 from zimage_fp8.model.weights import load_transformer
 from zimage_fp8.quant.calibrate import Calibration
+from zimage_fp8.quant.fold import FEEDS, Factors
 from zimage_fp8.quant.linear import QuantLinear
 from zimage_fp8.quant.policy import Policy
 
@@ -84,6 +87,7 @@ def draw(pipeline: Pipeline, request: ImageRequest, wrap: Wrap | None = None) ->
     """One picture and its latent; `wrap` may change the velocity field. Raises ZImageError when
     the numbers are not finite."""
     pipeline.validate(request)
+    pipeline.captions.clear()  # refined by other modules, perhaps
     velocity = pipeline.velocity(request)
     sigmas = schedule(request.steps, pipeline.shift)
     latent = denoise(wrap(velocity) if wrap else velocity, pipeline.draw_latent(request), sigmas)
@@ -175,6 +179,7 @@ class Subject:
     policy: str
     quantized: Mapping[str, nn.Module]
     requests: Sequence[ImageRequest]
+    calibration: Calibration | None = None
 
     def settings(self) -> dict[str, object]:
         """What results depend on."""
@@ -211,26 +216,105 @@ def load_subject(
     for request in requests:
         pipeline.validate(request)
     calibration = None
-    if policy.is_static:
+    if policy.needs_calibration:
         settings = CalibrationSettings.default(folder, pipeline.default_size)
         calibration = run_calibration(pipeline, folder, settings, on_calibration)
     quantized = quantized_modules(folder, policy, pipeline, calibration)
     if not quantized:
         raise UsageError(f"policy {policy.name!r} quantizes nothing", param="policy")
+    fingerprint = fingerprint_of(folder)
+    return Subject(pipeline, fingerprint, policy.name, quantized, requests, calibration)
+
+
+def load_checkpoint_subject(
+    model: str, folder: Path, checkpoint: Path, workload: Workload, *, device: str | None = None
+) -> Subject:
+    """The BF16 model `model` in `folder`, and the layers that a checkpoint of it holds in 8 bits.
+
+    Raises UsageError when the checkpoint is not quantized, or was made from other weights.
+    """
+    pipeline = load_pipeline(model, dtype="float32", device=device)
+    loaded = load_transformer(
+        checkpoint / "transformer",
+        policy=None,
+        calibration=None,
+        dtype=pipeline.dtype,
+        device=pipeline.device,
+    )
+    fingerprint = fingerprint_of(folder)
+    if loaded.stored is None:
+        raise UsageError(f"{checkpoint} is not quantized")
+    if loaded.stored.facts.get("base_fingerprint") not in (None, fingerprint):
+        raise UsageError(
+            f"{checkpoint} was not made from {model}: the weights' fingerprints differ",
+            param="against",
+        )
+    with ShardReader(folder / "transformer") as original:
+        factors = stored_factors(checkpoint, loaded.stored, original)
+    quantized = fitting_modules(loaded.model, factors)
+    requests = load_requests(folder, workload)
+    return Subject(pipeline, fingerprint, loaded.plan.policy, quantized, requests)
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Of a pipeline folder's transformer."""
     with ShardReader(folder / "transformer") as reader:
-        fingerprint = reader.fingerprint()
-    return Subject(pipeline, fingerprint, policy.name, quantized, requests)
+        return reader.fingerprint()
 
 
 def quantized_modules(
     folder: Path, policy: Policy, pipeline: Pipeline, calibration: Calibration | None
 ) -> dict[str, nn.Module]:
-    """The quantized modules of a transformer, by name; the rest of it is dropped."""
+    """The quantized modules of a transformer, by name, each fit to take its original's place."""
     loaded = load_transformer(
         folder / "transformer",
         policy=policy,
-        calibration=calibration,
+        calibration=calibration if policy.needs_calibration else None,
         dtype=pipeline.dtype,
         device=pipeline.device,
     )
-    return {n: m for n, m in loaded.model.named_modules() if isinstance(m, QuantLinear)}
+    return fitting_modules(loaded.model, loaded.factors)
+
+
+def fitting_modules(model: nn.Module, factors: Factors) -> dict[str, nn.Module]:
+    """The quantized modules of `model`, whose channel scales `factors` were folded, such that each
+    by itself computes what the same module of the model as it was does."""
+    return {
+        name: Unfolded(module, *_around(name, module, factors)) if factors else module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+
+
+class Unfolded(nn.Module):
+    """A layer of a folded model in the place of the same layer of the model as it was.
+
+    Both factors are powers of two, so this changes no bit of what the layer computes. inputs: fp32
+    [in], what its input channels are multiplied by; outputs: fp32 [out], what its rows were.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def __init__(self, inner: QuantLinear, inputs: Tensor, outputs: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("inputs", inputs)
+        self.register_buffer("outputs", outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x * self.inputs.to(x.dtype))
+        return out / self.outputs.to(x.dtype)
+
+
+def _around(name: str, module: QuantLinear, factors: Factors) -> tuple[Tensor, Tensor]:
+    """What folding did to a module's input channels and to its rows."""
+    rows, columns = module.weight.shape
+    where = module.weight.device
+    inputs = factors.get(name, torch.ones(columns))
+    members, outputs = members_of(name), []
+    for member in members:
+        feed = next((f for f in FEEDS if f"{member}.weight".endswith(f".{f}")), None)
+        fed = f"{member}.weight".removesuffix(feed) + FEEDS[feed] if feed else ""
+        outputs.append(factors.get(fed, torch.ones(rows // len(members))))
+    return inputs.to(where), torch.cat(outputs).to(where)

@@ -1,10 +1,12 @@
 """VERB generate: a prompt in, PNG files out."""
 
+import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from zimage_fp8.engine.profile import Profile, profile
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.model.pipeline import ImageRequest, Pipeline, check_values
 from zimage_fp8.picture import encode_png
@@ -50,10 +52,22 @@ def check_early(request: ImageRequest, out: Path, count: int) -> None:
             param="negative_prompt",
             hint="add --guidance 1 (twice the work), or leave it out",
         )
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"output {out} must end in .png", param="output")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ZImageError(f"cannot write {out}: {out.parent} is not a writable folder")
+    check_path(out, ".png", "output")
+
+
+def check_path(path: Path, suffix: str, param: str) -> None:
+    """Raise for a file that could not be written, before any work is done for it."""
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"{param} {path} must end in {suffix}", param=param)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ZImageError(f"cannot write {path}: {path.parent} is not a writable folder")
+
+
+def profile_to(path: Path, pipeline: Pipeline, request: ImageRequest) -> Profile:
+    """Measure where the picture's time goes and write that as JSON. Raises as `generate` does."""
+    found = profile(pipeline, request, lambda image: encode_png(image, pipeline.describe()))
+    _write(path, (json.dumps(asdict(found), indent=1) + "\n").encode())
+    return found
 
 
 def _for_picture(on_step: OnStep | None, index: int) -> Callable[[int, int], None] | None:

@@ -109,5 +109,5 @@ class _Shade:
 def _text(
     x: float, y: float, label: str, *, anchor: str = "start", fill: str = "#222", weight: str = ""
 ) -> str:
-    bold = f' font-weight="{weight}"' if weight else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{fill}"{bold}>{escape(label)}</text>'
+    style = f'text-anchor="{anchor}" fill="{fill}"' + (f' font-weight="{weight}"' if weight else "")
+    return f'<text x="{x:g}" y="{y:g}" {style}>{escape(label)}</text>'

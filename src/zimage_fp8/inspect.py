@@ -23,7 +23,7 @@ def inspect_folder(folder: Path) -> dict[str, object]:
     check_pipeline_folder(folder)
     config, raw = read_config(folder / "transformer")
     linears = linear_shapes(config)
-    stored = read_stored(raw, list(linears))
+    stored = read_stored(raw, linears)
     with ShardReader(folder / "transformer") as reader:
         parameters = sum(
             info.num_elements for n, info in reader.infos.items() if not n.endswith("_scale")
@@ -43,10 +43,11 @@ def inspect_folder(folder: Path) -> dict[str, object]:
     assert isinstance(quantization, dict)
     return facts | {
         "policy": stored.plan.policy,
-        "quant_algo": quantization.get("quant_algo"),
+        "quant_method": quantization.get("quant_method"),
+        "quant_algo": quantization.get("quant_algo", list(quantization.get("schemes", {}))),
         "quantized_linears": len(stored.plan.quantized),
         "kept_linears": len(linears) - len(stored.plan.quantized),
-        "ignore": quantization.get("ignore"),
+        **({"ignore": quantization["ignore"]} if "ignore" in quantization else {}),
         "zimage_fp8": {k: v for k, v in stored.facts.items() if k != "rules"},
     }
 

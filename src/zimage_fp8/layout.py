@@ -22,6 +22,14 @@ FUSED: dict[str, tuple[str, ...]] = {
     "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
 }
 
+# What loaded linear layers of a block are called in tables.
+KINDS: dict[str, str] = {
+    "attention.to_qkv": "qkv",
+    "attention.to_out.0": "out",
+    "feed_forward.w13": "w13",
+    "feed_forward.w2": "w2",
+}
+
 Shape = tuple[int, ...]
 
 COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
@@ -175,6 +183,16 @@ def members_of(module: str) -> tuple[str, ...]:
         if module.endswith("." + fused):
             return tuple(module.removesuffix(fused) + member for member in members)
     return (module,)
+
+
+def kind_of(module: str) -> str:
+    """What a loaded linear layer is: `layers.7.attention.to_qkv` -> `qkv`."""
+    return next(kind for suffix, kind in KINDS.items() if module.endswith(f".{suffix}"))
+
+
+def block_of(module: str) -> str:
+    """The block of a layer: `layers.7.feed_forward.w2` -> `layers.7`."""
+    return ".".join(module.split(".")[:2])
 
 
 def _block_shapes(config: ZImageConfig) -> dict[str, Shape]:

@@ -80,7 +80,9 @@ def amax(x: Tensor, *, per_row: bool = False) -> Tensor:
 
 def scale_of(amax: Tensor, format: Format) -> Tensor:
     """The dequantization multiplier of a tensor whose largest magnitude is `amax` (fp32)."""
-    return amax.float().clamp(min=AMAX_FLOOR) / QMAX[format]
+    floored = amax.float().clamp(min=AMAX_FLOOR)
+    # By a tensor: CUDA multiplies by the reciprocal of a plain number, an ulp beside the quotient.
+    return floored / torch.full_like(floored, QMAX[format])
 
 
 def quantize(x: Tensor, scale: Tensor, format: Format) -> Tensor:

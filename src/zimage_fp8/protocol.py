@@ -284,9 +284,11 @@ class RunFacts(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One picture: base64 of the file, and the seed that draws it again."""
+    """One picture, as base64 of the file or as an address, and the seed that draws it again."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
+    expires_at: int | None = None
     seed: int | None = None
 
 
@@ -305,6 +307,14 @@ class ImagesAnswer(BaseModel):
     zimage_fp8: RunFacts | None = None
 
 
+EventType = Literal[
+    "image_generation.partial_image",
+    "image_generation.completed",
+    "image_edit.partial_image",
+    "image_edit.completed",
+]
+
+
 class StreamEvent(BaseModel):
     """One event of a streamed answer, except its picture. `index` counts the n pictures.
 
@@ -312,12 +322,7 @@ class StreamEvent(BaseModel):
     picture: there are no other types.
     """
 
-    type: Literal[
-        "image_generation.partial_image",
-        "image_generation.completed",
-        "image_edit.partial_image",
-        "image_edit.completed",
-    ]
+    type: EventType
     created_at: int
     size: str
     quality: str

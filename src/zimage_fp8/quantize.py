@@ -12,6 +12,7 @@ from zimage_fp8 import __version__
 from zimage_fp8.checkpoint.dialects import algorithm_of, stored_infos, tensor_problems
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.checkpoint.writer import (
+    NO_CODES,
     WeightScales,
     component_bytes,
     new_infos,
@@ -27,8 +28,12 @@ from zimage_fp8.model.calibration import (
     run_calibration,
 )
 from zimage_fp8.model.loading import check_calibration, is_quantized, load_pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.rounding import rounded_codes
 from zimage_fp8.model.source import display_name, find_model
 from zimage_fp8.quant.calibrate import Calibration, read_calibration, write_calibration
+from zimage_fp8.quant.fold import channel_factors
+from zimage_fp8.quant.method import Method, folded_modules
 from zimage_fp8.quant.policy import (
     PRESETS,
     STATIC_POLICIES,
@@ -37,6 +42,8 @@ from zimage_fp8.quant.policy import (
     find_policy,
     resolve,
 )
+
+PLAIN = Method()
 
 OnProgress = Callable[[str, int, int], None]  # (stage, done, in all)
 
@@ -69,6 +76,9 @@ class Job:
     plan: Plan
     out: Path
 
+    def needs_calibration(self, method: Method) -> bool:
+        return self.policy.needs_calibration or method.fold or method.rounding == "gptq"
+
 
 def quantize(
     model: str,
@@ -76,29 +86,49 @@ def quantize(
     out: Path,
     *,
     calibration: CalibrationOptions | None = None,
+    method: Method = PLAIN,
     on_progress: OnProgress | None = None,
 ) -> list[Path]:
     """Write one checkpoint per policy: several (or `all`) to out/<policy>/, one to `out` itself.
 
-    The model is calibrated once, if any policy is static. Returns the folders written. Raises
-    UsageError for policies that cannot be stored and ZImageError when writing fails; finished
-    checkpoints stay, an unfinished one leaves nothing.
+    The model is calibrated once, if a policy or the method needs it. Returns the folders written.
+    Raises UsageError for policies that cannot be stored, or a method that does nothing for one, and
+    ZImageError when writing fails; finished checkpoints stay, an unfinished one leaves nothing.
     """
     options = calibration or CalibrationOptions()
     source = find_unquantized(model)
     jobs = plan_jobs(source, policies, out)
     check_output(source, jobs)
-    check_options(options, needs_calibration=any(job.policy.is_static for job in jobs))
-    measured = None
-    if any(job.policy.is_static for job in jobs):
-        measured = calibrate_or_read(model, source, options, on_progress)
+    check_method(method, jobs)
+    is_measured = any(job.needs_calibration(method) for job in jobs)
+    check_options(options, needs_calibration=is_measured)
+    measured, pipeline = None, None
+    if is_measured:
+        measured, pipeline = calibrate_or_read(model, source, options, on_progress)
+    if method.rounding == "gptq" and pipeline is None:
+        pipeline = load_pipeline(model, dtype=options.dtype or "bfloat16", device=options.device)
     with ShardReader(source / "transformer") as reader:
-        scales = WeightScales(reader)
+        plain = WeightScales(reader)
         for job in jobs:
-            needed = measured if job.policy.is_static else None
-            facts = checkpoint_facts(model, job.policy, needed, reader)
-            report = _stage(f"writing {job.policy.name}", on_progress)
-            write_checkpoint(source, job.plan, needed, facts, job.out, scales, report)
+            needed = measured if job.needs_calibration(method) else None
+            scales, codes = plain, NO_CODES
+            if needed and (modules := folded_modules(job.plan, method)):
+                factors = channel_factors(modules, reader.read, needed.channel_amax)
+                scales = WeightScales(reader, factors)
+            if needed and pipeline and method.rounding == "gptq":
+                report = _stage(f"rounding {job.policy.name}", on_progress)
+                codes = rounded_codes(pipeline, needed, job.plan, scales, report)
+            write_checkpoint(
+                source,
+                job.plan,
+                needed,
+                checkpoint_facts(model, job.policy, needed, reader) | {"method": asdict(method)},
+                job.out,
+                scales,
+                _stage(f"writing {job.policy.name}", on_progress),
+                headroom=method.headroom,
+                codes=codes,
+            )
     return [job.out for job in jobs]
 
 
@@ -131,6 +161,12 @@ def plan_jobs(source: Path, policies: Sequence[str], out: Path) -> list[Job]:
         policy = find_policy(name)
         plan = resolve(policy, linears)
         algorithm_of(plan)
+        if policy.online:
+            raise UsageError(
+                f"policy {name!r} needs no checkpoint: it is quantized while loading",
+                param="policy",
+                hint=f"serve the BF16 model with --policy {name}",
+            )
         jobs.append(Job(policy, plan, out / policy.name if len(names) > 1 else out))
     return jobs
 
@@ -154,11 +190,23 @@ def check_output(source: Path, jobs: Sequence[Job]) -> None:
         )
 
 
+def check_method(method: Method, jobs: Sequence[Job]) -> None:
+    """Refuse a method that makes no sense, or does nothing for one of the policies."""
+    method.check()
+    for job in jobs:
+        specs = {job.plan.spec(layer) for layer in job.plan.quantized}
+        if method.headroom != 1 and not any(spec and spec.is_static for spec in specs):
+            raise UsageError(
+                f"headroom has no effect on {job.policy.name!r}: no input scale of it is static",
+                param="headroom",
+            )
+
+
 def check_options(options: CalibrationOptions, *, needs_calibration: bool) -> None:
     """Refuse options that would do nothing, and find bad ones before the model is loaded."""
     if not needs_calibration and (options.given or options.file):
         named = ", ".join([*options.given, *(["--calibration"] if options.file else [])])
-        raise UsageError(f"{named}: none of these policies is static, nothing is calibrated")
+        raise UsageError(f"{named}: none of these policies needs it, nothing is calibrated")
     if options.file is not None and options.file.exists():
         if options.given:
             raise UsageError(
@@ -177,12 +225,15 @@ def check_options(options: CalibrationOptions, *, needs_calibration: bool) -> No
 
 def calibrate_or_read(
     model: str, source: Path, options: CalibrationOptions, on_progress: OnProgress | None
-) -> Calibration:
-    """Reuse the calibration file when it exists; else measure, and save it there when named."""
+) -> tuple[Calibration, Pipeline | None]:
+    """Reuse the calibration file when it exists; else measure, and save it there when named.
+
+    The pipeline is the one it was measured on, None when nothing was.
+    """
     if options.file is not None and options.file.exists():
         calibration = read_calibration(options.file)
         check_calibration(calibration, source)
-        return calibration
+        return calibration, None
     pipeline = load_pipeline(model, dtype=options.dtype or "bfloat16", device=options.device)
     default = CalibrationSettings.default(source, pipeline.default_size)
     settings = CalibrationSettings(
@@ -198,7 +249,7 @@ def calibrate_or_read(
             write_calibration(calibration, options.file)
         except OSError as error:
             raise ZImageError(f"cannot write {options.file}: {error.strerror}") from None
-    return calibration
+    return calibration, pipeline
 
 
 def _stage(name: str, on_progress: OnProgress | None) -> Callable[[int, int], None] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from zimage_fp8.checkpoint.verify import Verification
+from zimage_fp8.engine.profile import Profile
 from zimage_fp8.quantize import SizeReport
 
 
@@ -38,6 +39,28 @@ def verification_text(verification: Verification) -> str:
     what = f"policy {verification.policy}, {verification.quantized_linears} quantized linears"
     verdict = "sound" if verification.is_sound else "NOT SOUND"
     return "\n".join([*lines, f"{verification.folder}: {verdict} ({what})"])
+
+
+def profile_text(profile: Profile) -> str:
+    """The stages of a picture, then its kernels by what they are; ceilings named at the end."""
+    total = sum(stage.ms for stage in profile.stages)
+    stages = [("stage", "ms", "share", "under the profiler")]
+    for stage in profile.stages:
+        share, profiled = f"{stage.ms / total:.1%}", f"{stage.profiled_ms:.1f}"
+        stages.append((stage.stage, f"{stage.ms:.1f}", share, profiled))
+    stages.append(("in all", f"{total:.1f}", "100.0%", ""))
+    kernels = [("stage", "kernels", "launches", "ms", "share", "rate", "of ceiling")]
+    for row in profile.kernels:
+        rate = "" if row.rate is None else f"{row.rate:,.4g} {row.unit}"
+        of_ceiling = "" if row.of_ceiling is None else f"{row.of_ceiling:.0%}"
+        launches = str(row.launches or "")
+        kernels.append(
+            (row.stage, row.group, launches, f"{row.ms:.2f}", f"{row.share:.1%}", rate, of_ceiling)
+        )
+    runs = " · ".join(str(profile.runs[key]) for key in ("model", "policy", "device", "attention"))
+    size = f"{profile.width}x{profile.height}, {profile.nfe} forwards, warm"
+    ceiling = f"ceiling: {profile.ceilings_note}"
+    return "\n".join([f"{runs}: {size}", "", _columns(stages), "", _columns(kernels), ceiling])
 
 
 def facts_text(facts: Mapping[str, object], indent: int = 0) -> str:

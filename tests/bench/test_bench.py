@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from fake_record import make_variant
 from zimage_fp8 import bench as verb
 from zimage_fp8.bench import bench
 from zimage_fp8.bench.quality import pixels
 from zimage_fp8.bench.record import read_record
-from zimage_fp8.bench.run import refuse_unequal_work
 from zimage_fp8.card import write_cards
 from zimage_fp8.errors import UsageError, ZImageError
 
 
 @pytest.mark.slow
 def test_two_variants_from_model_to_card(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     report = bench(
         str(tiny_model),
-        out=tmp_path,
+        out=out,
+        profile="nano",
         policies=["full"],
         prompts=["a", "b"],
         size=(64, 48),
@@ -30,7 +30,7 @@ def test_two_variants_from_model_to_card(tiny_model: Path, tmp_path: Path) -> No
         runs=3,
         device="cpu",
     )
-    record = read_record(tmp_path / "record.json")
+    record = read_record(out / "record.json")
     assert [variant.policy for variant in record.variants] == ["bf16_base", "full"]
     assert record.memory_method == "process_rss"
     assert "Peak RSS" in report.read_text()
@@ -40,29 +40,52 @@ def test_two_variants_from_model_to_card(tiny_model: Path, tmp_path: Path) -> No
             (0, 1235, 2), (1, 1236, 2), (0, 1235, 2),
         ]  # fmt: skip
         for request in variant.requests:
-            png = (tmp_path / request.picture).read_bytes()
+            png = (out / request.picture).read_bytes()
             assert hashlib.sha256(png).hexdigest() == request.sha256
-        assert variant.requests[0].picture != variant.requests[2].picture
+        assert variant.requests[0].picture == variant.requests[2].picture  # the same bytes
+        assert [request.is_timed for request in variant.requests] == [True] * 3
+        assert variant.flags == []
         assert variant.load_s > 0
         assert len(variant.warmup_latencies_s) == 1
     assert full.server["policy"] == "full"
-    for written in (tmp_path / "record.json", report):
+    assert record.profile.name == "nano (changed)"
+    for written in (out / "record.json", report):
         for folder in (tmp_path, tiny_model, Path(sys.prefix)):
             assert str(folder) not in written.read_text()
     for ours, original in zip(full.requests, base.requests, strict=True):
-        pair = [pixels((tmp_path / r.picture).read_bytes()) for r in (original, ours)]
+        pair = [pixels((out / r.picture).read_bytes()) for r in (original, ours)]
         assert ours.quality
         assert ours.quality.psnr_db == peak_signal_noise_ratio(*pair, data_range=255)
-    (card,) = write_cards(tmp_path / "checkpoints", tmp_path / "record.json", namespace="me")
-    assert "8 prompts × 9 forwards" in card.read_text()
+    (card,) = write_cards(out / "checkpoints", out / "record.json", namespace="me")
+    assert "8 prompts × 9 forwards" in card.readme.read_text()
 
 
-def test_different_numbers_of_forwards_are_not_compared() -> None:
-    base, full = (make_variant(policy, "m", on_gpu=False) for policy in ("bf16_base", "full"))
-    refuse_unequal_work([base, full])
-    doubled = [request.model_copy(update={"nfe": 16}) for request in full.requests]
-    with pytest.raises(ZImageError, match=r"bf16_base \[8\], full \[16\]"):
-        refuse_unequal_work([base, full.model_copy(update={"requests": doubled})])
+@pytest.mark.gpu
+def test_a_gpu_is_measured_in_turns(tmp_path: Path) -> None:
+    """Memory, energy and clocks of nano's servers, which are alive together on one GPU."""
+    profile = tmp_path / "gpu.toml"
+    profile.write_text(
+        'name = "gpu"\nsummary = "x"\nsizes = ["256x256"]\ntimed = 6\nwarmup = 3\n'
+        'warm_tolerance = 0.2\nmax_warmup = 12\norder = "interleaved"\nfloors = ["rerun"]\n'
+        "probe_guidance = true\n[load]\nrequests = 4\nconcurrency = [2]\nrates = [0.5]\n"
+        '[prompts]\nall = ["a penguin on a yellow background", "a red apple"]\n'
+    )
+    out = tmp_path / "out"
+    bench("nano", out=out, profile=str(profile), policies=["online_fp8"], device="cuda")
+    record = read_record(out / "record.json")
+    (one,) = record.passes
+    assert one.failures == []
+    assert one.order == "interleaved"
+    assert record.memory_method in ("nvml_process", "nvml_device_growth", "torch_reserved")
+    for variant in one.variants:
+        assert variant.server["device"] != "cpu"
+        assert variant.peak_memory_bytes["torch_reserved"] > 2**20
+        assert variant.probe
+        assert "unasked_guidance" not in [flag.kind for flag in variant.flags]
+        assert len(variant.timed) == 6
+        assert variant.gpu is None or variant.gpu.num_samples > 0
+    assert record.machine.gpus[0].name
+    assert not any(flag.kind == "memory_not_returned" for v in one.variants for flag in v.flags)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +96,13 @@ def test_different_numbers_of_forwards_are_not_compared() -> None:
         {"dtype": "int4"},
         {"steps": 1000},
         {"seeds": [-1, 0, 1]},
+        {"profile": "nope"},
+        {"device": "cuda:99"},
+        {"device": "gpu"},
+        {"size": (32768, 16)},
+        {"engine": "nope"},
+        {"launch": "serve {model}"},
+        {"metrics": ["beauty"]},
     ],
 )
 def test_what_is_wrong_is_found_before_anything_is_written(

@@ -2,19 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from fake_engine import FakeEngine
 from live_server import live
-from zimage_fp8.bench.load import Client
+from zimage_fp8.bench.load import Client, Work
 from zimage_fp8.bench.quality import pixels
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.serve import build_app
 
-WORK = {"seed": 7, "size": "64x48", "steps": 4, "guidance": 0.0}
+WORK = Work("x", seed=7, size="64x48", steps=4, guidance=0.0)
 
 
 @pytest.fixture
@@ -26,15 +27,18 @@ def client() -> Iterator[Client]:
 
 
 def test_a_request_is_timed_and_its_forwards_are_counted(client: Client) -> None:
-    drawn = client.draw("x", **WORK)
+    drawn = client.draw(WORK)
     assert pixels(drawn.png).shape == (48, 64, 3)
     assert drawn.facts.nfe == 4
+    assert drawn.facts.server["model"] == "fake"
     assert drawn.latency_s > 0
+    assert client.time(WORK) > 0
+    assert client.served_models() == ["fake"]
 
 
 def test_a_refused_request_says_why(client: Client) -> None:
     with pytest.raises(ZImageError, match="the server answered 400: size 100x100"):
-        client.draw("x", **{**WORK, "size": "100x100"})
+        client.draw(replace(WORK, size="100x100"))
 
 
 @contextlib.contextmanager
@@ -68,7 +72,7 @@ def pictures(*data: dict[str, object]) -> Response:
         (Response("", 503), "answered 503: an empty body"),
         (JSONResponse({"detail": "no"}, 404), "answered 404: .*detail"),
         (Response("hello"), "not an answer with pictures: hello"),
-        (pictures({"url": "http://x/y.png"}), "no.* picture"),
+        (pictures({"url": "http://x/y.png"}), "no picture as b64_json"),
         (pictures({"b64_json": ""}), "no picture as b64_json"),
         (pictures(), "no picture as b64_json"),
         (pictures({"b64_json": "%"}), "not base64"),
@@ -76,11 +80,45 @@ def pictures(*data: dict[str, object]) -> Response:
 )
 def test_an_unexpected_answer_is_one_sentence(answer: Response, message: str) -> None:
     with client_of(answer) as client, pytest.raises(ZImageError, match=message):
-        client.draw("x", **WORK)
+        client.draw(WORK)
 
 
 def test_a_server_that_is_gone_is_one_sentence() -> None:
     client = Client("http://127.0.0.1:9")
     with pytest.raises(ZImageError, match="the server did not answer"):
-        client.draw("x", **WORK)
+        client.draw(WORK)
     client.close()
+
+
+def test_another_server_says_what_it_can() -> None:
+    """vLLM-Omni counts no forwards; its peak is torch's reserved memory, in MiB."""
+    metrics = {"stage_durations": {"diffuse": 3.0}, "peak_memory_mb": 20480.0}
+    answer = JSONResponse({"created": 1, "data": [{"b64_json": "eA=="}], "metrics": metrics})
+    with client_of(answer) as client:
+        facts = client.draw(WORK).facts
+        assert client.served_models() == []
+    assert (facts.nfe, facts.timings_s) == (None, {})
+    assert facts.peak_memory_bytes == {"torch_reserved": 20 * 2**30}
+
+
+def test_steps_and_guidance_are_always_sent() -> None:
+    sent: list[dict[str, object]] = []
+    app = FastAPI()
+    app.state.drain = lambda: None
+
+    async def keep(request: Request) -> Response:
+        sent.append(await request.json())
+        return Response("{}")
+
+    app.add_api_route("/v1/images/generations", keep, methods=["POST"])
+    with live(app) as server:
+        client = Client(server.url, {"generator_device": "cpu"})
+        client.time(WORK)
+        client.close()
+    assert sent == [
+        {
+            "prompt": "x", "seed": 7, "size": "64x48", "num_inference_steps": 4,
+            "guidance_scale": 0.0, "n": 1, "response_format": "b64_json",
+            "generator_device": "cpu",
+        }
+    ]  # fmt: skip

@@ -4,29 +4,26 @@ import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
-import pynvml
-import pytest
+from fake_gpu import MIB, FakeDriver
+from zimage_fp8.bench.gpu import Activity, Reading
+from zimage_fp8.bench.memory import GpuGrowth, GpuMonitor, ResidentMemory, Sampler, probes_for
 
-from zimage_fp8.bench import memory
-from zimage_fp8.bench.memory import GpuGrowth, ResidentMemory, Sampler, probes_for
-
-MIB = 2**20
 ALLOCATE = "import time; block = bytearray(96 * 2**20); print('done', flush=True); time.sleep(60)"
 
 
 def test_the_peak_of_a_process_is_seen() -> None:
     child = subprocess.Popen([sys.executable, "-c", ALLOCATE], stdout=subprocess.PIPE)
+    sampler = Sampler([ResidentMemory(child.pid)])
     try:
-        with Sampler([ResidentMemory(child.pid)]) as sampler:
-            assert child.stdout
-            child.stdout.readline()
-            wait_for_samples(sampler, sampler.num_samples + 3)
+        assert child.stdout
+        child.stdout.readline()
+        wait_for_samples(sampler, sampler.num_samples + 3)
     finally:
+        sampler.stop()
         child.kill()
         child.communicate()
-    assert 96 * MIB < sampler.peaks["sampled_rss"] < 200 * MIB
+    assert 96 * MIB < sampler.peaks("load")["sampled_rss"] < 200 * MIB
 
 
 def wait_for_samples(sampler: Sampler, count: int) -> None:
@@ -42,54 +39,54 @@ def test_a_process_that_ended_uses_nothing() -> None:
     assert ResidentMemory(child.pid).read() == 0
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A driver with one GPU: `processes` and `used` can be set."""
-    state = SimpleNamespace(processes=[], used=1000 * MIB)
-    replaced = {
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetName": lambda device: "NVIDIA Test 9000",
-        "nvmlSystemGetDriverVersion": lambda: "600.1",
-        "nvmlDeviceGetComputeRunningProcesses": lambda device: state.processes,
-        "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(
-            used=state.used, total=8000 * MIB
-        ),
+def test_loading_is_apart_from_drawing(driver: FakeDriver) -> None:
+    """And of all processes, ours alone."""
+    assert driver.processes is not None
+    driver.processes |= {os.getpid(): 700 * MIB, 1: 500 * MIB}
+    sampler = Sampler(probes_for(os.getpid(), driver))
+    driver.used = 1800 * MIB
+    wait_for_samples(sampler, 2)
+    driver.processes[os.getpid()], driver.used = 300 * MIB, 1400 * MIB
+    sampler.phase = "steady"
+    wait_for_samples(sampler, sampler.num_samples + 2)
+    sampler.stop()
+    assert sampler.peaks("load") == {
+        "nvml_process": 700 * MIB,
+        "nvml_device_growth": 800 * MIB,
     }
-    for name, function in replaced.items():
-        monkeypatch.setattr(pynvml, name, function)
-    return state
+    assert sampler.peaks("steady")["nvml_process"] in (300 * MIB, 700 * MIB)
+    count = sampler.num_samples
+    time.sleep(0.1)
+    assert sampler.num_samples == count
 
 
-def test_gpu_memory_of_our_process_only(driver: SimpleNamespace) -> None:
-    driver.processes = [
-        SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 * MIB),
-        SimpleNamespace(pid=1, usedGpuMemory=500 * MIB),
-    ]
-    with Sampler(probes_for(os.getpid(), on_gpu=True)) as sampler:
-        driver.used = 1400 * MIB
-        wait_for_samples(sampler, 2)
-        driver.used = 1200 * MIB
-        wait_for_samples(sampler, 4)
-    assert sampler.peaks == {"nvml_process": 300 * MIB, "nvml_device_growth": 400 * MIB}
+def test_a_process_that_the_driver_does_not_name_leaves_the_growth(driver: FakeDriver) -> None:
+    sampler = Sampler(probes_for(os.getpid(), driver))
+    assert driver.used is not None
+    driver.used += 50 * MIB
+    wait_for_samples(sampler, 2)
+    sampler.stop()
+    assert sampler.peaks("load") == {"nvml_device_growth": 50 * MIB}
 
 
-def test_a_process_that_the_driver_does_not_name_leaves_the_growth(driver: SimpleNamespace) -> None:
-    with Sampler(probes_for(os.getpid(), on_gpu=True)) as sampler:
-        driver.used += 50 * MIB
-        wait_for_samples(sampler, 2)
-    assert sampler.peaks == {"nvml_device_growth": 50 * MIB}
+def test_unified_memory_has_no_device_memory(driver: FakeDriver) -> None:
+    driver.used = None
+    assert not any(isinstance(probe, GpuGrowth) for probe in probes_for(1, driver))
 
 
-def test_unified_memory_has_no_device_memory(
-    driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_supported(device: object) -> None:
-        raise pynvml.NVMLError_NotSupported
+def test_without_a_gpu_main_memory_is_watched() -> None:
+    assert [probe.method for probe in probes_for(1, None)] == ["sampled_rss"]
 
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", not_supported)
-    probes = probes_for(os.getpid(), on_gpu=True)
-    assert not any(isinstance(probe, GpuGrowth) for probe in probes)
-    (gpu,) = memory.describe_gpus()
-    assert (gpu.name, gpu.memory_bytes) == ("NVIDIA Test 9000", None)
+
+def test_clocks_are_read_while_somebody_is_timed(driver: FakeDriver) -> None:
+    monitor = GpuMonitor(driver)
+    activity = Activity()
+    time.sleep(0.1)
+    assert activity.readings == []
+    monitor.activity = activity
+    deadline = time.monotonic() + 20
+    while len(activity.readings) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    monitor.stop()
+    assert activity.readings[0] == Reading(1500.0, 400.0, 50.0, 0.0)

@@ -1,13 +1,16 @@
 """PSNR and SSIM are scikit-image's, with the seed card's settings."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from zimage_fp8.bench.quality import compare, pixels
+from zimage_fp8.bench import assemble
+from zimage_fp8.bench.assemble import compare_all
+from zimage_fp8.bench.quality import check_picture, compare, pixels
 from zimage_fp8.errors import ZImageError
 
 
@@ -48,3 +51,43 @@ def test_pixels_are_those_of_the_png(pair: tuple[np.ndarray, np.ndarray]) -> Non
     buffer = io.BytesIO()
     Image.fromarray(pair[0]).save(buffer, "PNG")
     assert np.array_equal(pixels(buffer.getvalue()), pair[0])
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_black_and_flat_pictures_are_told(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    assert check_picture(png_of(pair[0]), "64x48") == []
+    black = np.zeros((48, 64, 3), np.uint8)
+    assert check_picture(png_of(black), "64x48") == [
+        ("flat_picture", "A picture is black everywhere")
+    ]
+    ((kind, text),) = check_picture(png_of(black + 9), "64x48")
+    assert (kind, text) == ("flat_picture", "A picture is of one colour everywhere")
+
+
+def test_another_size_cannot_be_compared(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    with pytest.raises(ZImageError, match="1024x512 was asked for, the picture is 64x48"):
+        check_picture(png_of(pair[0]), "1024x512")
+
+
+def test_what_is_no_picture_is_one_sentence() -> None:
+    with pytest.raises(ZImageError, match="the picture cannot be read"):
+        check_picture(b"hello", "64x48")
+
+
+def test_many_pairs_are_compared_on_all_cores(
+    pair: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same numbers, in the same order."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, picture in zip(paths, pair, strict=True):
+        path.write_bytes(png_of(picture))
+    pairs = [(paths[0], paths[1]), (paths[1], paths[1])] * 2
+    alone = compare_all(pairs)
+    monkeypatch.setattr(assemble, "PARALLEL_FROM", 1)
+    assert compare_all(pairs) == alone
+    assert alone[0] == compare(*pair)

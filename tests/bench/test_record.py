@@ -28,7 +28,9 @@ def test_an_identical_picture_stays_valid_json(tmp_path: Path) -> None:
 
 def with_infinite_psnr(record: Record) -> Record:
     raw = record.model_dump()
-    raw["passes"][0]["variants"][1]["requests"][0]["quality"] = Quality(psnr_db=float("inf"), ssim=1.0)
+    raw["passes"][0]["variants"][1]["requests"][0]["quality"] = Quality(
+        psnr_db=float("inf"), ssim=1.0
+    )
     return Record.model_validate(raw)
 
 
@@ -95,3 +97,50 @@ def test_memory_is_compared_by_a_method_that_every_variant_has() -> None:
         variant["peak_memory_bytes"]["torch_reserved"] = 1
     del raw["passes"][0]["variants"][3]["peak_memory_bytes"]["nvml_process"]
     assert Record.model_validate(raw).memory_method == "torch_reserved"
+
+
+def as_version_1(record: Record) -> Raw:
+    """What the first version of the benchmark would have written."""
+    raw = record.model_dump(mode="json")
+    (one,) = raw.pop("passes")
+    parameters = raw["parameters"]
+    parameters["width"], parameters["height"] = map(int, parameters.pop("sizes")[0].split("x"))
+    for key in ("strata", "warm_tolerance", "max_warmup"):
+        del parameters[key]
+    for key in ("profile", "no_quality", "flags"):
+        del raw[key]
+    old = ("policy", "summary", "command", "server", "load_s", "warmup_latencies_s", "requests")
+    old += ("peak_memory_bytes", "memory_sampling_hz", "num_memory_samples")
+    new = ("size", "is_timed", "position", "sent_s", "energy_j")
+    raw["variants"] = [{key: variant[key] for key in old} for variant in one["variants"]]
+    for variant, full in zip(raw["variants"], one["variants"], strict=True):
+        for request in variant["requests"]:
+            request["sigmas"] = full["sigmas"]
+            for key in new:
+                del request[key]
+            if request["quality"]:
+                request["quality"] = {key: request["quality"][key] for key in ("psnr_db", "ssim")}
+    return {**raw, "schema_version": 1}
+
+
+def test_version_1_is_read_as_version_2(tmp_path: Path) -> None:
+    record = make_record()
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(as_version_1(record)))
+    old = read_record(path)
+    assert (old.schema_version, old.profile.name) == (2, "version 1")
+    assert old.parameters.sizes == record.parameters.sizes
+    for before, after in zip(record.variants, old.variants, strict=True):
+        assert after.latencies_s(old.parameters.size) == [r.latency_s for r in before.requests]
+        assert [r.quality for r in after.requests] == [r.quality for r in before.requests]
+        assert (after.sigmas, after.attention) == (before.sigmas, before.attention)
+
+
+@pytest.mark.parametrize("part", ["parameters", "variants"])
+def test_a_damaged_version_1_is_one_sentence(tmp_path: Path, part: str) -> None:
+    raw = as_version_1(make_record())
+    del raw[part]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ZImageError, match=f"is damaged: KeyError '{part}'"):
+        read_record(path)

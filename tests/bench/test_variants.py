@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from zimage_fp8.bench.engines import find_engine
 from zimage_fp8.bench.facts import read_facts
 from zimage_fp8.bench.variants import (
     ALL,
@@ -36,20 +37,12 @@ def test_the_reference_is_always_there_and_first() -> None:
     assert [variant.policy for variant in variants] == ["bf16_base", "full[0-1]"]
 
 
-def test_what_a_server_is_started_with() -> None:
-    base, online, full = plan_variants(["online_fp8", "full"], Path("c"))
-    assert base.serve_arguments("m", "bfloat16", None) == [
-        "m", "--policy", "bf16_base", "--dtype", "bfloat16",
-    ]  # fmt: skip
-    assert online.serve_arguments("m", "bfloat16", "cpu")[-2:] == ["--device", "cpu"]
-    assert full.serve_arguments("m", "float32", None) == ["c/full", "--dtype", "float32"]
-
-
-def test_a_recorded_server_names_no_folder_of_this_machine(tmp_path: Path) -> None:
-    base, full = plan_variants(["full"], tmp_path)
-    commands = [v.recorded_command(str(tmp_path), "bfloat16", None) for v in (base, full)]
-    assert commands[0][:3] == ["zimage-fp8", "serve", tmp_path.name]
-    assert commands[1][:3] == ["zimage-fp8", "serve", "checkpoints/full"]
+def test_an_engine_decides_what_is_stored() -> None:
+    policies = ["fp8-row", "online_fp8"]
+    ours = plan_variants(policies, Path("c"))
+    theirs = plan_variants(policies, Path("c"), find_engine("vllm-omni", None))
+    assert [v.checkpoint for v in ours] == [None, None, None]
+    assert [v.checkpoint for v in theirs] == [None, Path("c/fp8-row"), None]
 
 
 @pytest.mark.parametrize("policies", [[], ["nonsense"]])
@@ -73,11 +66,13 @@ def test_policies_must_suit_the_model(tiny_model: Path) -> None:
 
 
 def test_a_policy_that_cannot_be_stored(tiny_model: Path, tmp_path: Path) -> None:
-    rule = '[[rule]]\nlayers = "{}"\nspec = "{}"\nwhy = "x"\n'
-    mixed = rule.format("*.w2", "e4m3-static") + rule.format("*.to_out.0", "e4m3-row")
-    (tmp_path / "mixed.toml").write_text('name = "mixed"\nsummary = "x"\n' + mixed)
-    with pytest.raises(UsageError, match="'mixed' cannot be stored"):
-        check_policies(plan_variants([str(tmp_path / "mixed.toml")], Path("c")), tiny_model)
+    """vLLM-Omni applies no policy while loading but its own."""
+    rule = 'name = "nothing"\nsummary = "x"\n[[rule]]\nlayers = "*"\nspec = "keep"\nwhy = "x"\n'
+    (tmp_path / "nothing.toml").write_text(rule)
+    asked = [str(tmp_path / "nothing.toml")]
+    variants = plan_variants(asked, Path("c"), find_engine("vllm-omni", None))
+    with pytest.raises(UsageError, match="'nothing' quantizes nothing"):
+        check_policies(variants, tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """The ModelOpt dialect: our config, other writers' configs, and vLLM's way of matching."""
 
+import json
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 
@@ -16,8 +18,8 @@ from zimage_fp8.checkpoint.dialects import (
 from zimage_fp8.checkpoint.shards import TensorInfo
 from zimage_fp8.errors import ModelError, UsageError
 from zimage_fp8.layout import ZImageConfig, fused_name, linear_shapes, tensor_shapes
-from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC
-from zimage_fp8.quant.policy import STATIC_POLICIES, Plan, PlanEntry, find_policy, resolve
+from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROT
+from zimage_fp8.quant.policy import STATIC_POLICIES, Plan, Policy, Rule, find_policy, resolve
 
 CONFIG = ZImageConfig()
 LINEARS = linear_shapes(CONFIG)
@@ -28,11 +30,11 @@ def plan_of(policy: str) -> Plan:
     return resolve(find_policy(policy), LINEARS)
 
 
-@pytest.mark.parametrize("policy", STORABLE)
+@pytest.mark.parametrize("policy", [*STORABLE, "int8-rot", "int8-rot[!refiners]"])
 def test_a_config_reads_back_as_its_plan(policy: str) -> None:
     plan = plan_of(policy)
-    raw = write_config(plan, {"dim": 3840}, {"version": "0"})
-    stored = read_stored(raw, list(LINEARS))
+    raw = write_config(plan, {"dim": 3840}, {"version": "0"}, LINEARS)
+    stored = read_stored(raw, LINEARS)
     assert stored is not None
     assert stored.plan.policy == policy
     assert {n: stored.plan.spec(n) for n in LINEARS} == {n: plan.spec(n) for n in LINEARS}
@@ -68,7 +70,7 @@ def test_the_ignore_list_is_short_and_has_the_text_encoder(policy: str, own: lis
 
 
 def stored_with(config: dict[str, object]) -> Plan:
-    stored = read_stored({CONFIG_KEY: config}, list(LINEARS))
+    stored = read_stored({CONFIG_KEY: config}, LINEARS)
     assert stored is not None
     return stored.plan
 
@@ -108,18 +110,75 @@ def test_the_wrong_key_in_the_flat_form_excludes_nothing() -> None:
 )
 def test_other_formats_are_refused_by_name(config: object) -> None:
     with pytest.raises(ModelError):
-        read_stored({CONFIG_KEY: config}, list(LINEARS))
+        read_stored({CONFIG_KEY: config}, LINEARS)
 
 
 def test_policies_that_cannot_be_stored_say_what_to_do() -> None:
-    with pytest.raises(UsageError, match="cannot be stored") as raised:
+    with pytest.raises(UsageError, match="needs no checkpoint") as raised:
         algorithm_of(plan_of("online_fp8"))
     assert "--policy online_fp8" in str(raised.value.hint)
     with pytest.raises(UsageError, match="quantizes nothing"):
         algorithm_of(plan_of("bf16_base"))
-    mixed = Plan("m", {"a": PlanEntry(E4M3_ROW, ""), "b": PlanEntry(E4M3_STATIC, "")})
-    with pytest.raises(UsageError, match="one algorithm"):
-        algorithm_of(mixed)
+
+
+MIXED = Policy(
+    "mixed",
+    "Three formats.",
+    (
+        Rule("layers.0.*.w[123]", INT8_ROT, "first"),
+        Rule("layers.1.*.w[123]", E4M3_STATIC, "second"),
+        Rule("layers.2.*.w[123]", E4M3_ROW, "third"),
+        Rule("*", None, "rest"),
+    ),
+)
+
+
+def own_config_of_mixed() -> dict[str, object]:
+    raw = write_config(resolve(MIXED, LINEARS), {}, {"version": "0"}, LINEARS)
+    config = json.loads(json.dumps(raw[CONFIG_KEY]))
+    assert isinstance(config, dict)
+    return config
+
+
+def test_several_formats_share_a_checkpoint_of_our_own_method() -> None:
+    plan, config = resolve(MIXED, LINEARS), own_config_of_mixed()
+    assert config["quant_method"] == "zimage-fp8"
+    assert set(config["schemes"]) == {"int8-rot", "e4m3-static", "e4m3-row"}
+    assert config["layers"]["layers.0.feed_forward.w2"] == {
+        "scheme": "int8-rot",
+        "rotation_group": 256,
+    }
+    assert config["layers"]["layers.1.feed_forward.w2"] == {"scheme": "e4m3-static"}
+    read = stored_with(config)
+    assert {n: read.spec(n) for n in LINEARS} == {n: plan.spec(n) for n in LINEARS}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("format_version",), 2, "format_version is 2"),
+        (("activation_clip",), 0.9, "activation_clip.*not permitted"),
+        (("layers", "layers.0.feed_forward.w1", "rotation_group"), 64, "groups of 64, expected"),
+        (("layers", "layers.0.feed_forward.w1", "scheme"), "int4", "'int4', which is not"),
+        (("layers", "layers.99.feed_forward.w1"), {"scheme": "int8-rot"}, "no linear layer"),
+        (("schemes", "int8-rot", "format"), "int4", "schemes.int8-rot"),
+    ],
+)
+def test_what_would_be_misread_is_refused(path: tuple[str, ...], value: object, said: str) -> None:
+    config = own_config_of_mixed()
+    place: Any = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ModelError, match=said):
+        stored_with(config)
+
+
+def test_tensors_of_a_rotated_checkpoint() -> None:
+    infos = stored_infos(plan_of("int8-rot"), tensor_shapes(CONFIG))
+    assert infos["layers.0.feed_forward.w2.weight"] == TensorInfo("I8", (3840, 10240))
+    assert infos["layers.0.feed_forward.w2.weight_scale"] == TensorInfo("F32", (3840,))
+    assert "layers.0.feed_forward.w2.input_scale" not in infos
 
 
 def test_tensors_of_a_static_checkpoint() -> None:

@@ -1,7 +1,9 @@
 """The engine's text encoder against transformers' Qwen3, and what it refuses to load."""
 
+import gc
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from torch import Tensor
 import fake_model
 from compare import relative_error, same_bits, sqnr_db
 from zimage_fp8.checkpoint.shards import ShardReader, TensorInfo, info_of, write_shard
+from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.qwen3 import LayerLayout, read_qwen3_config
 from zimage_fp8.engine.text import FastTextEncoder
 from zimage_fp8.errors import CheckpointError, ModelError, UsageError
+from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.model.source import NANO_FOLDER
 from zimage_fp8.model.text import TextEncoder
 
@@ -65,22 +69,23 @@ def test_fp32_equals_transformers(name: str, tiny: Path) -> None:
     assert relative_error(found, reference(folder)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["nano", "tiny"])
-def test_bf16_is_as_close_as_transformers_bf16(name: str, tiny: Path) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("nano", 47.8), ("tiny", 38.1)])
+def test_bf16_is_closer_than_transformers_bf16(name: str, limit: float, tiny: Path) -> None:
+    """Measured 48.8 dB against transformers' 46.9 (nano), 39.1 against 37.3 (random weights):
+    norms and rotation are rounded once."""
     folder = folder_of(name, tiny)
     exact = reference(folder)
     theirs = sqnr_db(captions(TextEncoder(folder, BF16, CPU)), exact)
-    ours = sqnr_db(captions(FastTextEncoder(folder, BF16, CPU)), exact)
-    print(name, ours, theirs)
-    assert ours > max(40, theirs)
+    assert sqnr_db(captions(FastTextEncoder(folder, BF16, CPU)), exact) > max(limit, theirs)
 
 
-@pytest.mark.parametrize("name", ["nano", "tiny"])
-def test_fp8_costs_what_eight_bits_cost(name: str, tiny: Path) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("nano", 30.5), ("tiny", 15.2)])
+def test_fp8_costs_what_eight_bits_cost(name: str, limit: float, tiny: Path) -> None:
+    """Measured 31.5 dB on nano, which is trained, and 16.2 on random weights, whose attention is
+    far more sensitive."""
     folder = folder_of(name, tiny)
     encoder = FastTextEncoder(folder, BF16, CPU, precision="fp8")
-    print(name, sqnr_db(captions(encoder), reference(folder)))
-    assert sqnr_db(captions(encoder), reference(folder)) > 20
+    assert sqnr_db(captions(encoder), reference(folder)) > limit
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -91,6 +96,21 @@ def test_offloading_changes_nothing(tiny: Path, precision: Any) -> None:
         same_bits(streamed.encode(prompt), resident.encode(prompt))
     assert streamed.device_bytes < resident.device_bytes
     assert streamed.host_bytes > resident.host_bytes
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_the_fused_kernels_give_the_same_caption(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole encoder on Triton's kernels, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off; the tests below run the kernels")
+    encoder = FastTextEncoder(tiny, FP32, CPU)
+    expected = encoder.encode(SHORT)
+    for op in ("add_norm", "qwen_rope", "swiglu"):
+        # Through sys.modules: the package exports a function by the name of its module.
+        monkeypatch.setattr(sys.modules[f"zimage_fp8.kernels.{op}"], "runs_triton", lambda _: True)
+    assert relative_error(encoder.encode(SHORT), expected) < 1e-5
 
 
 def test_a_caption_does_not_depend_on_its_padding(
@@ -233,8 +253,7 @@ def test_cuda_equals_the_cpu(name: str, mode: dict[str, Any], wide: Path) -> Non
     exact = reference(folder)
     found = sqnr_db(captions(FastTextEncoder(folder, BF16, CUDA, **mode)), exact)
     on_cpu = sqnr_db(captions(FastTextEncoder(folder, BF16, CPU, **mode)), exact)
-    print(f"{name} {mode}: {found:.1f} dB, on the CPU {on_cpu:.1f} dB")
-    assert found > on_cpu - 1
+    assert found > on_cpu - 1, f"{found:.1f} dB, on the CPU {on_cpu:.1f} dB"
 
 
 @pytest.mark.gpu
@@ -242,7 +261,7 @@ def test_cuda_equals_the_cpu(name: str, mode: dict[str, Any], wide: Path) -> Non
 def test_replays_of_one_bucket_are_independent(precision: Any, wide: Path) -> None:
     encoder = FastTextEncoder(wide, BF16, CUDA, precision=precision)
     streamed = FastTextEncoder(wide, BF16, CUDA, precision=precision, offload=True)
-    assert len(encoder.tokens(SHORT)) <= 32 and len(encoder.tokens(OTHER)) <= 32
+    assert max(len(encoder.tokens(SHORT)), len(encoder.tokens(OTHER))) <= 32
     first, other, again = (encoder.encode(prompt) for prompt in (SHORT, OTHER, SHORT))
     encoder.encode(LONG)  # another graph, in the same pool
     same_bits(again, first)
@@ -253,9 +272,18 @@ def test_replays_of_one_bucket_are_independent(precision: Any, wide: Path) -> No
 
 
 @pytest.mark.gpu
+def test_graphs_go_to_the_cache_that_is_given() -> None:
+    cache = GraphCache(CUDA)
+    encoder = FastTextEncoder(NANO_FOLDER, BF16, CUDA, graphs=cache)
+    for prompt in (SHORT, OTHER, LONG):
+        encoder.encode(prompt)
+    assert len(cache) == 2  # one per bucket
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_device_bytes_are_what_the_device_holds(mode: dict[str, Any], wide: Path) -> None:
-    torch.cuda.empty_cache()
+    gc.collect()
     before = torch.cuda.memory_allocated()
     encoder = FastTextEncoder(wide, BF16, CUDA, **mode)
     held = torch.cuda.memory_allocated() - before
@@ -263,6 +291,8 @@ def test_device_bytes_are_what_the_device_holds(mode: dict[str, Any], wide: Path
 
 
 @pytest.mark.gpu
-def test_fp8_in_fp32_is_refused_on_cuda() -> None:
-    with pytest.raises(UsageError, match="bfloat16"):
-        FastTextEncoder(NANO_FOLDER, FP32, CUDA, precision="fp8")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_fp32_on_cuda(precision: Any) -> None:
+    exact = reference(NANO_FOLDER)
+    found = captions(FastTextEncoder(NANO_FOLDER, FP32, CUDA, precision=precision))
+    assert sqnr_db(found, exact) > (100 if precision == "bf16" else 30.5)

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from compare import relative_error, same_bits
 from zimage_fp8.kernels.group_norm import (
+    Normalization,
     group_moments,
     group_moments_reference,
     group_moments_triton,
     group_norm,
-    normalize_groups_reference,
-    normalize_groups_triton,
+    normalize_reference,
+    normalize_triton,
+    normalize_window_reference,
+    normalize_window_triton,
 )
 from zimage_fp8.kernels.language import HAS_TRITON
 
@@ -86,7 +89,7 @@ def test_a_shift_is_added_before_anything_else() -> None:
     x, (weight, bias) = picture(32, 9, 7), affine(32)
     shift = torch.linspace(-3, 3, 32)
     moments = group_moments([x], 8, EPS, shift)
-    found = normalize_groups_reference(x, moments, weight, bias, silu=True, shift=shift)
+    found = normalize_reference(x, Normalization(moments, weight, bias, True, shift))
     expected = exact(x + shift[:, None, None], weight, bias, 8, True)
     assert relative_error(found, expected) < 3e-7
 
@@ -113,23 +116,36 @@ def test_kernels_equal_the_reference(
         moments = group_moments_triton(bands, groups, EPS, shift)
         assert relative_error(moments, group_moments_reference([x], groups, EPS, shift)) < 1e-6
         for silu in (False, True):
-            arguments = (x, moments, weight, bias)
-            found = normalize_groups_triton(*arguments, silu=silu, shift=shift)
-            expected = normalize_groups_reference(*arguments, silu=silu, shift=shift)
-            assert relative_error(found, expected) < 1e-6
+            by = Normalization(moments, weight, bias, silu, shift)
+            expected = normalize_reference(x, by)
+            assert relative_error(normalize_triton(x, by), expected) < 1e-6
 
 
 @needs_triton
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_are_normalized_into_rows_and_nowhere_else(device: str) -> None:
-    x, (weight, bias) = picture(32, 9, 7, device=device), affine(32, device)
-    moments = group_moments_reference([x], 8, EPS)
-    canvas = torch.full_like(x, 7.0)
-    normalize_groups_triton(x[:, :, 2:5], moments, weight, bias, silu=True, out=canvas[:, :, 4:7])
-    whole = normalize_groups_reference(x, moments, weight, bias, silu=True)
-    assert relative_error(canvas[:, :, 4:7], whole[:, :, 2:5]) < 1e-6
-    assert (canvas[:, :, :4] == 7).all()
-    assert (canvas[:, :, 7:] == 7).all()
+@pytest.mark.parametrize("has_above", [False, True])
+@pytest.mark.parametrize("has_below", [False, True])
+@pytest.mark.parametrize(("channels", "height", "width"), [(32, 12, 7), (96, 5, 61), (6, 4, 1)])
+def test_windows_equal_the_reference(
+    channels: int, height: int, width: int, has_below: bool, has_above: bool, device: str
+) -> None:
+    x, (weight, bias) = (
+        picture(channels, height, width, batch=2, device=device),
+        affine(channels, device),
+    )
+    moments = group_moments_reference([x], 2, EPS)
+    by = Normalization(moments, weight, bias, True, bias * 3)
+    above, band, below = x[:, :, :1], x[:, :, 1:-1], x[:, :, -1:]
+    rows = (band, above if has_above else None, below if has_below else None)
+    found, expected = normalize_window_triton(*rows, by), normalize_window_reference(*rows, by)
+    assert relative_error(found, expected) < 1e-6
+    whole = normalize_reference(x, by)
+    assert torch.equal(
+        expected[:, :, :1], whole[:, :, :1] if has_above else torch.zeros_like(above)
+    )
+    assert torch.equal(expected[:, :, 1:-1], whole[:, :, 1:-1])
+    assert (found[:, :, -1] == 0).all() != has_below
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_triton
@@ -140,9 +156,8 @@ def test_bf16_on_the_gpu(channels: int, groups: int, height: int, width: int, si
     x = picture(channels, height, width, device="cuda").bfloat16()
     weight, bias = (it.bfloat16() for it in affine(channels, "cuda"))
     found = group_norm(x, weight, bias, groups, EPS, silu=silu)
-    expected = normalize_groups_reference(
-        x, group_moments_reference([x], groups, EPS), weight, bias, silu=silu
-    )
+    moments = group_moments_reference([x], groups, EPS)
+    expected = normalize_reference(x, Normalization(moments, weight, bias, silu))
     torch.testing.assert_close(found, expected, rtol=1 / 128, atol=1e-5)
     assert (found != expected).float().mean() < 1e-3
     same_bits(group_norm(x, weight, bias, groups, EPS, silu=silu), found)

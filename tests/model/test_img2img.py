@@ -47,6 +47,11 @@ def test_the_last_part_is_diffusers(tiny_model: Path, steps: int, strength: floa
     assert [sigma * 1000 for sigma in ours[:-1]] == pytest.approx(timesteps.tolist(), rel=1e-6)
 
 
+def test_however_little_is_asked_for_one_step_is_walked() -> None:
+    assert last_part(schedule(8, 3.0), 1e-300) == schedule(8, 3.0)[-2:]
+    assert ImageRequest("x", 16, 16, steps=8, strength=1e-300).steps_to_run == 1
+
+
 def test_noise_is_added_as_diffusers_adds_it() -> None:
     latent, noise = draw_latent(1, 16, 32, 32), draw_latent(2, 16, 32, 32)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -105,7 +105,12 @@ def test_a_calibration_survives_its_file(tmp_path: Path, calibration: Calibratio
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not valid JSON"), ("[]", "schema"), ('{"schema": 1}', "lacks a field")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "schema"),
+        ('{"schema": 1}', "schema 2"),
+        ('{"schema": 2}', "lacks"),
+    ],
 )
 def test_a_bad_calibration_file_says_so(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "c.json").write_text(text)

@@ -47,8 +47,10 @@ def test_online_and_row_policies_need_no_calibration() -> None:
     assert PRESETS["online_fp8"].specs == {E4M3_DYNAMIC}
     assert PRESETS["fp8-row"].specs == {E4M3_ROW}
     assert PRESETS["int8-rot"].specs == {INT8_ROT}
-    assert not PRESETS["online_fp8"].is_static
-    assert not PRESETS["bf16_base"].is_static
+    assert not PRESETS["online_fp8"].needs_calibration
+    assert not PRESETS["online_int8-rot"].needs_calibration
+    assert PRESETS["int8-rot"].needs_calibration
+    assert not PRESETS["bf16_base"].needs_calibration
     assert resolve(PRESETS["bf16_base"], FULL_SIZE).quantized == []
 
 

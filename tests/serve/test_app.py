@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-import torch
 from PIL import Image
 
 from fake_engine import FakeEngine
 from live_server import Live, live, wait_until
+from zimage_fp8.errors import OutOfMemory
 from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
 from zimage_fp8.serve import ServeOptions, build_app
 
@@ -206,7 +206,7 @@ def test_models(client: httpx2.Client) -> None:
 
 
 def test_a_model_name_may_hold_a_slash() -> None:
-    with live(build_app(FakeEngine(), ServeOptions(names=["me/model"]))) as server:
+    with live(build_app({"me/model": FakeEngine()})) as server:
         response = httpx2.get(f"{server.url}/v1/models/me/model", trust_env=False)
     assert response.json()["id"] == "me/model"
 
@@ -241,10 +241,11 @@ def test_a_crash_is_an_answer_without_a_stack_trace(
 def test_what_can_never_fit_is_not_worth_a_retry(
     own_client: httpx2.Client, engine: FakeEngine
 ) -> None:
-    engine.failure = torch.OutOfMemoryError("tried to allocate")
+    engine.failure = OutOfMemory("64x32 does not fit", hint="try 32x16")
     response = own_client.post(PATH, json={"prompt": "x"})
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "out_of_memory"
+    assert "32x16" in response.json()["error"]["message"]
     assert response.headers["x-should-retry"] == "false"
 
 

@@ -71,6 +71,7 @@ def test_a_large_body_is_refused(locked: httpx2.Client, chunked: bool) -> None:
     content = iter([body[:500], body[500:]]) if chunked else body
     response = locked.post(PATH, content=content, headers={"authorization": "Bearer first"})
     assert response.status_code == 413
+    assert response.json()["error"]["code"] == "content_too_large"
     assert "1000 bytes" in response.json()["error"]["message"]
 
 

@@ -13,6 +13,7 @@ from zimage_fp8.protocol import ErrorAnswer
 from zimage_fp8.serve import ServeOptions, build_app
 
 PATH = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 GOOD = {"prompt": "a red apple", "n": 1, "size": "64x32", "seed": 3, "steps": 2}
 DEEP = 100_000
 
@@ -133,7 +134,23 @@ ODD_HEADERS: list[dict[str, str]] = [
 ]
 
 
-async def post_all(bodies: list[tuple[bytes, dict[str, str]]]) -> list[httpx2.Response]:
+def wrong_form(rng: random.Random) -> bytes:
+    """A form for an edit whose picture is none, with some wrong fields beside it."""
+    fields = [("prompt", b"x"), ("image", rng.randbytes(rng.randrange(300)))]
+    chosen = rng.sample(sorted(WRONG), rng.randrange(3))
+    fields += [(field, str(rng.choice(WRONG[field])).encode()) for field in chosen]
+    rng.shuffle(fields)
+    body = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        % (name.encode(), b'; filename="a.png"' if name == "image" else b"", value)
+        for name, value in fields
+    )
+    return body + b"--x--\r\n" * rng.randrange(2)
+
+
+async def post_all(
+    bodies: list[tuple[bytes, dict[str, str]]], path: str = PATH
+) -> list[httpx2.Response]:
     engine = FakeEngine()
     app = build_app(engine, ServeOptions(max_waiting=10_000))
     transport = httpx2.ASGITransport(app, raise_app_exceptions=True)
@@ -141,7 +158,7 @@ async def post_all(bodies: list[tuple[bytes, dict[str, str]]]) -> list[httpx2.Re
         app.router.lifespan_context(app),
         httpx2.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        return [await client.post(PATH, content=body, headers=headers) for body, headers in bodies]
+        return [await client.post(path, content=body, headers=headers) for body, headers in bodies]
 
 
 def assert_refused(response: httpx2.Response, body: bytes) -> None:
@@ -168,8 +185,21 @@ def test_a_wrong_value_is_blamed_on_its_field(field: str, value: object) -> None
     assert response.json()["error"]["param"] in (field, said.get(field), "size")
 
 
-def test_2000_malformed_bodies() -> None:
+def test_1000_malformed_bodies() -> None:
     rng = random.Random(20261122)
-    bodies = [(rng.choice(MAKERS)(rng), rng.choice(ODD_HEADERS)) for _ in range(2000)]
+    bodies = [(rng.choice(MAKERS)(rng), rng.choice(ODD_HEADERS)) for _ in range(1000)]
     for (body, _), response in zip(bodies, asyncio.run(post_all(bodies)), strict=True):
+        assert_refused(response, body)
+
+
+def test_1000_malformed_edits() -> None:
+    rng = random.Random(20261122)
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    bodies = [
+        (wrong_form(rng), form)
+        if rng.random() < 0.5
+        else (rng.choice(MAKERS)(rng), rng.choice([form, *ODD_HEADERS]))
+        for _ in range(1000)
+    ]
+    for (body, _), response in zip(bodies, asyncio.run(post_all(bodies, EDITS)), strict=True):
         assert_refused(response, body)

@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -55,7 +56,7 @@ def test_wrong_options_are_usage_errors(
     tiny_model: Path, options: dict[str, object], param: str
 ) -> None:
     with pytest.raises(UsageError) as refused:
-        serve(str(tiny_model), **{"port": 0, "device": "cpu", **options})
+        serve([str(tiny_model)], **{"port": 0, "device": "cpu", **options})
     assert refused.value.param == param
 
 
@@ -64,7 +65,7 @@ def test_a_checkpoint_says_how_it_is_stored(tiny_model: Path, tmp_path: Path) ->
     (row,) = quantize(str(tiny_model), ["fp8-row"], tmp_path / "row")  # needs no calibration
     assert stored_algo(str(row)) == "FP8_PER_CHANNEL_PER_TOKEN"
     with pytest.raises(UsageError, match=r"says FP8, but .* holds FP8_PER_CHANNEL_PER_TOKEN"):
-        serve(str(row), port=0, quantization_config='{"method":"modelopt","quant_algo":"FP8"}')
+        serve([str(row)], port=0, quantization_config='{"method":"modelopt","quant_algo":"FP8"}')
 
 
 # The seed card's command line after the program's name, with its port changed.
@@ -87,13 +88,20 @@ class Started:
 
 
 @pytest.fixture
-def server(tiny_model: Path) -> Iterator[Started]:
+def server(tiny_model: Path, tmp_path: Path) -> Iterator[Started]:
     port = free_port()
+    (tmp_path / "tmp").mkdir()
     command = [
         sys.executable, "-m", "zimage_fp8", "serve", str(tiny_model), *CARD_OPTIONS,
         "--port", str(port), "--log-prompts",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )
     started = Started(process, f"http://127.0.0.1:{port}")
     started.wait_for("serving at")
     yield started
@@ -123,6 +131,29 @@ def test_a_picture_over_http_and_a_clean_end(server: Started) -> None:
     out, _ = server.process.communicate(timeout=60)
     assert out == ""  # stdout is data, and a server has none
     assert server.process.returncode == 0
+
+
+def test_nothing_is_left_of_a_killed_server(server: Started, tmp_path: Path) -> None:
+    """Killed while it draws, and while a form with a picture comes in."""
+    body = {"prompt": "y", "size": "64x48", "steps": 200, "n": 10, "stream": True}
+    boundary = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    port = int(server.url.rpartition(":")[2])
+    with (
+        httpx2.Client(transport=httpx2.HTTPTransport(retries=5)) as client,
+        client.stream("POST", f"{server.url}/v1/images/generations", json=body, timeout=60) as told,
+        socket.create_connection(("127.0.0.1", port)) as upload,
+    ):
+        head = "POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n"
+        form = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        upload.sendall((head + form).encode() + boundary + bytes(3_000_000))
+        lines = told.iter_lines()
+        assert next(lines).startswith(": step 0/200")
+        server.process.kill()
+        server.process.wait(30)
+        with pytest.raises(httpx2.TransportError):
+            list(lines)
+    bind("127.0.0.1", port).close()
+    assert [path.name for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
 
 
 def test_the_share_of_a_gpu_reaches_torch(monkeypatch: pytest.MonkeyPatch) -> None:

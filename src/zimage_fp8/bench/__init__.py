@@ -13,71 +13,62 @@ def bench(
     model: str,
     *,
     out: Path,
+    profile: str | None = None,
     policies: Sequence[str] = ("all",),
     prompts: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
-    steps: int = 8,
-    guidance: float = 0.0,
-    warmup: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    warmup: int | None = None,
     runs: int | None = None,
     dtype: str = "bfloat16",
     device: str | None = None,
+    engine: str = "zimage-fp8",
+    launch: str | None = None,
+    targets: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    no_quality: str | None = None,
+    allow_busy: bool = False,
 ) -> Path:
-    """Measure `model` under each policy and write record.json, report.md and pictures to `out`.
+    """Measure `model` under each policy and write record.json, the report and pictures to `out`.
 
-    policies: presets, `all` for the nine of the seed card; the reference bf16_base always runs.
-    prompts, size: by default those of the seed card, or nano's own. seeds: one per prompt. runs:
-    timed requests per variant, cycling through the prompts, at least one each. Static variants are
-    quantized first, from one calibration, into out/checkpoints. Returns the report's path. Raises
-    UsageError and ZImageError; servers are ended in every case.
+    profile: a shipped one or a .toml file; by default what suits the model. Options from prompts to
+    runs change it where they are given. policies: presets, `all` for the nine of the seed card; the
+    reference bf16_base always runs. engine, launch: what serves them (`bench.engines`). targets:
+    servers that run already, as NAME=URL, instead of policies. metrics: lpips, clip. no_quality:
+    why pictures are not compared. Static variants are quantized first, from one calibration, into
+    out/checkpoints. A run that was interrupted goes on where it was. Returns the report's path.
+    Raises UsageError and ZImageError; servers are ended in every case.
     """
     require_extra()
     # Here and not above: the record and the client must load without torch and the extra.
-    from zimage_fp8.bench.progress import show_progress
-    from zimage_fp8.bench.record import write_record
+    from zimage_fp8.bench.conduct import Choices, conduct
     from zimage_fp8.bench.report import write_report
-    from zimage_fp8.bench.run import describe_run, measure_all, with_quality
-    from zimage_fp8.bench.variants import (
-        CHECKPOINTS,
-        check_policies,
-        find_missing,
-        make_checkpoints,
-        plan_variants,
+    from zimage_fp8.bench.workload import Wishes
+
+    wishes = Wishes(
+        profile=profile,
+        prompts=prompts,
+        seeds=seeds,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        warmup=warmup,
+        runs=runs,
+        dtype=dtype,
+        device=device,
     )
-    from zimage_fp8.bench.workload import (
-        FULL_SIZE,
-        Wishes,
-        choose_parameters,
-        profile_of,
-        recorded_command,
+    choices = Choices(
+        policies=tuple(policies),
+        engine=engine,
+        launch=launch,
+        targets=tuple(targets),
+        metrics=tuple(metrics),
+        no_quality=no_quality,
+        allow_busy=allow_busy,
     )
-    from zimage_fp8.model.source import find_model
-
-    wishes = Wishes(prompts, seeds, size, steps, guidance, warmup, runs, dtype, device)
-    variants = plan_variants(policies, out / CHECKPOINTS)
-    choose_parameters(FULL_SIZE, wishes)  # what no model can do is refused before one is downloaded
-    folder = find_model(model)
-    parameters = choose_parameters(profile_of(folder), wishes)
-    check_policies(variants, folder)
-    missing = find_missing(variants, model, folder, dtype)
-
-    make_folder(out)
-    make_checkpoints(model, missing, out / CHECKPOINTS, dtype, device)
-    with show_progress(len(variants) * (1 + parameters.warmup + parameters.runs)) as on_stage:
-        measured = measure_all(model, variants, parameters, out, on_stage)
-    judged = with_quality(measured, out)
-    command = recorded_command(model, policies, wishes, out)
-    record = describe_run(model, folder, command, parameters, judged)
-    write_record(record, out / "record.json")
-    return write_report(record, out)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ZImageError(f"cannot write to {folder}: {error.strerror}") from None
+    return write_report(conduct(model, out, wishes, choices), out)
 
 
 def require_extra() -> None:

@@ -5,7 +5,9 @@ choice on Blackwell is the slower kernel) and no quantization flag for what a ch
 Older releases run guidance that was turned off, and take other flags.
 """
 
+import re
 import shlex
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import Protocol
 from pydantic import JsonValue
 
 from zimage_fp8.bench.record import REFERENCE
-from zimage_fp8.errors import UsageError
+from zimage_fp8.errors import UsageError, ZImageError
 
 LOCALHOST = "127.0.0.1"
 ONLINE = "online_fp8"
 FIELDS = ("model", "port", "host", "policy", "attention")
+OLDEST_VLLM_OMNI = (0, 26)
+VERSION_WAIT_S = 300  # it imports torch and vLLM before it answers
 DEFAULT_MAX_PIXELS = 2048 * 2048  # of `zimage-fp8 serve`
 
 
@@ -50,6 +54,9 @@ class Engine(Protocol):
     name: str
     body: Mapping[str, JsonValue]
 
+    def check(self) -> None:
+        """Raise ZImageError when it cannot run here, as far as that is cheap to know."""
+
     def command(self, start: Start) -> list[str]: ...
 
     def needs_checkpoint(self, policy: str, *, is_static: bool) -> bool:
@@ -57,13 +64,18 @@ class Engine(Protocol):
 
 
 class OurEngine:
+    """Without its own warm-up picture: the benchmark warms every engine in the same way."""
+
     name = "zimage-fp8"
     body: Mapping[str, JsonValue] = {}
+
+    def check(self) -> None:
+        """It is this program."""
 
     def command(self, start: Start) -> list[str]:
         source = [start.source] if start.checkpoint else [start.model, "--policy", start.policy]
         return [
-            "zimage-fp8", "serve", *source, "--dtype", start.dtype,
+            "zimage-fp8", "serve", *source, "--dtype", start.dtype, "--no-warm-up",
             *_flag("--device", start.device),
             *_flag("--attention-backend", start.attention),
             *(["--max-pixels", str(start.max_pixels)]
@@ -79,6 +91,23 @@ class OurEngine:
 class VllmOmni:
     name = "vllm-omni"
     body: Mapping[str, JsonValue] = {"generator_device": "cpu"}  # one seed, one latent, everywhere
+
+    def check(self) -> None:
+        """Ask for its version. One that states none is left to the guidance probe."""
+        try:
+            asked = subprocess.run(
+                ["vllm-omni", "--version"], capture_output=True, text=True, timeout=VERSION_WAIT_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ZImageError(
+                f"vllm-omni cannot be run: {error}", hint="install it, or use --launch"
+            ) from None
+        found = re.search(r"(\d+)\.(\d+)", asked.stdout)
+        if found and (int(found[1]), int(found[2])) < OLDEST_VLLM_OMNI:
+            raise ZImageError(
+                f"vllm-omni is {found[0]}, which runs guidance that was turned off",
+                hint="0.26 is the first that can be compared",
+            )
 
     def command(self, start: Start) -> list[str]:
         return [
@@ -113,6 +142,9 @@ class Template:
         for field in ("model", "port"):
             if field not in self.fields:
                 raise UsageError(f"--launch lacks {{{field}}}: {template}", param="launch")
+
+    def check(self) -> None:
+        """Starting it will tell."""
 
     def command(self, start: Start) -> list[str]:
         if start.attention and "attention" not in self.fields:
@@ -154,7 +186,16 @@ def find_engine(name: str, launch: str | None) -> Engine:
 def shown(engine: Engine, start: Start) -> list[str]:
     """The command in names that mean the same on every machine: no folder, no port."""
     checkpoint = start.checkpoint and Path(start.checkpoint.parent.name, start.checkpoint.name)
-    return engine.command(replace(start, checkpoint=checkpoint, port=None))
+    command = engine.command(replace(start, checkpoint=checkpoint, port=None))
+    return [travelling_word(word) for word in command]
+
+
+def travelling_word(word: str) -> str:
+    """An absolute path without its folder, anything else as it is.
+
+    Whether it exists does not matter: the same command must read the same tomorrow.
+    """
+    return Path(word).name if word.startswith("/") and word.count("/") > 1 else word
 
 
 def _flag(name: str, value: object | None) -> list[str]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from zimage_fp8.bench.record import first_problem
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY, OWN_KEY
+from zimage_fp8.checkpoint.own_format import METHOD as OWN_METHOD
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.numerics import QuantSpec
 
@@ -28,7 +29,8 @@ class CalibrationFacts(BaseModel):
 
 
 class CheckpointFacts(BaseModel):
-    """`algorithm` is ModelOpt's name of the format; calibration is None without static scales."""
+    """`algorithm` is ModelOpt's name of the format, or our own format's; calibration is None
+    without static scales."""
 
     algorithm: str
     policy: str
@@ -41,16 +43,16 @@ class CheckpointFacts(BaseModel):
 
     @property
     def spec(self) -> QuantSpec:
-        """How every quantized layer is quantized: a checkpoint has one algorithm."""
+        """How every quantized layer is quantized; in our own format the first of several ways."""
         return next(rule.spec for rule in self.rules if rule.spec)
 
     @model_validator(mode="after")
     def _agree_with_themselves(self) -> "CheckpointFacts":
         specs = {rule.spec for rule in self.rules if rule.spec}
-        if len(specs) != 1:
+        if len(specs) != 1 and (self.algorithm != OWN_METHOD or not specs):
             raise ValueError(f"the rules state {len(specs)} ways to quantize, expected one")
-        if any(spec.is_static for spec in specs) != (self.calibration is not None):
-            raise ValueError("static scales and a calibration go together, here is one of the two")
+        if any(spec.is_static for spec in specs) and self.calibration is None:
+            raise ValueError("static scales come from a calibration, here is none")
         return self
 
 
@@ -74,7 +76,8 @@ def read_facts(checkpoint: Path) -> CheckpointFacts | None:
     own = quantization[OWN_KEY]
     if not isinstance(own, dict):
         raise ZImageError(f"{path}: {OWN_KEY} is a {type(own).__name__}, expected an object")
+    algorithm = quantization.get("quant_algo", quantization.get("quant_method"))
     try:
-        return CheckpointFacts.model_validate({"algorithm": quantization.get("quant_algo"), **own})
+        return CheckpointFacts.model_validate({"algorithm": algorithm, **own})
     except ValidationError as error:
         raise ZImageError(f"{path}: {OWN_KEY}: {first_problem(error)}") from None

@@ -40,7 +40,7 @@ class Reading:
 
 
 class Driver(Protocol):
-    """One GPU. Every method returns None where the GPU does not tell (unified memory, old cards)."""
+    """One GPU. None stands for what this GPU does not tell (unified memory, old cards)."""
 
     def describe(self) -> Gpu: ...
     def used_bytes(self) -> int | None: ...

@@ -1,32 +1,46 @@
-"""One comparison picture per prompt: every variant, labelled with its numbers."""
+"""Pictures side by side: every variant of one prompt, each with a map of where it differs."""
 
-import math
+import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_fp8.bench.record import Record, RequestRecord
+from zimage_fp8.bench.record import Record, RequestRecord, VariantRecord
+from zimage_fp8.bench.summary import Case, first_pictures, strata
 from zimage_fp8.bench.table import Row, quality_text, rows
 from zimage_fp8.errors import ZImageError
 
 COLUMNS = 3
 MAX_CELL = 640  # three of these fill a wide page; smaller pictures stay pixel for pixel
-MIN_PITCH = 250  # what a label needs
+MAX_GRIDS = 8  # of more prompts, those that show most
+NUM_WORST = 8
 
 PAPER, INK, GREY, ACCENT = "#ffffff", "#1b1f24", "#6a737d", "#b8460e"
-MARGIN, GAP, LABEL, LINE = 32, 20, 60, 30
+MARGIN, GAP, LINE = 32, 20, 30
+MIN_LABEL = (150, 96)  # what a name and its numbers need beside their map
 FRAME = 3
+
+HEAT_FULL = 64  # a mean difference of this many of 255 levels, or more, is the last colour
+HEAT = np.array(  # black over violet and orange to pale yellow: also rising in brightness
+    [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32
+)
+HEAT_RULE = (
+    "The dark map shows where a picture differs from BF16's: black is not at all, pale yellow "
+    f"{HEAT_FULL} or more of 255 levels."
+)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Point = tuple[int, int]
 
 
 def write_grids(record: Record, folder: Path, out: Path) -> list[Path]:
-    """Write comparison-prompt<i>.png for every prompt to `out`. `folder` holds the pictures."""
+    """Write comparison-prompt<i>.png for the prompts of `grid_prompts`. `folder` has pictures."""
     paths = []
-    for prompt in range(len(record.parameters.prompts)):
+    for prompt in grid_prompts(record):
         path = out / grid_name(prompt)
         draw_grid(record, prompt, folder).save(path, optimize=True)
         paths.append(path)
@@ -37,57 +51,138 @@ def grid_name(prompt: int) -> str:
     return f"comparison-prompt{prompt}.png"
 
 
-def draw_grid(record: Record, prompt: int, folder: Path) -> Image.Image:
-    """The prompt as title, then one labelled cell per variant, three to a row.
+def grid_prompts(record: Record) -> list[int]:
+    """Every prompt or, of many, the first of each kind, then those that came out worst."""
+    parameters = record.parameters
+    if len(parameters.prompts) <= MAX_GRIDS:
+        return list(range(len(parameters.prompts)))
+    kinds = [parameters.strata.index(kind) for kind in strata(parameters)]
+    worst = [prompt for _, (prompt, _) in worst_pictures(record, len(parameters.prompts))]
+    return sorted(list(dict.fromkeys([*kinds, *worst, *range(MAX_GRIDS)]))[:MAX_GRIDS])
 
-    Raises ZImageError naming a picture of `folder` that cannot be read.
+
+def worst_pictures(record: Record, count: int = NUM_WORST) -> list[tuple[VariantRecord, Case]]:
+    """The picture of every variant with the least SSIM, the worst first; empty without any."""
+    found = []
+    for variant in record.variants:
+        ssims = [(r.quality.ssim, r) for r in first_pictures(variant).values() if r.quality]
+        if ssims:
+            ssim, request = min(ssims, key=lambda item: item[0])
+            found.append((ssim, variant, (request.prompt, request.size)))
+    found.sort(key=lambda item: item[0])
+    return [(variant, case) for _, variant, case in found[:count]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie on a page of `count` cells; all in pixels."""
+
+    cell: Point
+    map: Point
+    top: int
+    count: int
+
+    @property
+    def pitch(self) -> Point:
+        """From one cell's corner to the next."""
+        width = max(self.cell[0], self.map[0] + MIN_LABEL[0])
+        return width + GAP, self.cell[1] + 8 + max(self.map[1], MIN_LABEL[1]) + GAP
+
+    @property
+    def columns(self) -> int:
+        return min(COLUMNS, self.count)
+
+    @property
+    def page(self) -> Point:
+        right, down = self.pitch
+        num_rows = -(-self.count // COLUMNS)
+        return 2 * MARGIN + self.columns * right - GAP, self.top + num_rows * down
+
+    def corner(self, index: int) -> Point:
+        row, column = divmod(index, COLUMNS)
+        return MARGIN + column * self.pitch[0], self.top + row * self.pitch[1]
+
+
+def _layout(size: str, count: int, num_lines: int) -> Layout:
+    width, height = map(int, size.split("x"))
+    shrink = min(1, MAX_CELL / width)
+    cell = round(width * shrink), round(height * shrink)
+    return Layout(cell, (cell[0] // 2, cell[1] // 2), MARGIN + num_lines * LINE + LINE, count)
+
+
+def draw_grid(record: Record, prompt: int, folder: Path) -> Image.Image:
+    """The prompt as title, then one labelled cell per variant of the main pass, three to a row.
+
+    At the first size. Raises ZImageError naming a picture of `folder` that cannot be read.
     """
-    title = _title_lines(record, prompt)
-    top = MARGIN + len(title) * LINE + LINE
-    page = Image.new("RGB", _page_size(record, top), PAPER)
-    _draw_title(ImageDraw.Draw(page), title, _facts(record, prompt))
-    variants = zip(rows(record), record.variants, _corners(record, top), strict=True)
-    for row, variant, corner in variants:
-        request = next(request for request in variant.requests if request.prompt == prompt)
-        _draw_picture(page, folder / request.picture, corner, _cell(record), row)
-        _draw_label(ImageDraw.Draw(page), corner, _cell(record), row, request)
+    size = record.parameters.size
+    columns = min(COLUMNS, len(record.variants))
+    letters = max(24, columns * _layout(size, len(record.variants), 1).pitch[0] // 14)
+    title = textwrap.wrap(record.parameters.prompts[prompt], letters) or [""]
+    layout = _layout(size, len(record.variants), len(title))
+    page = Image.new("RGB", layout.page, PAPER)
+    draw = ImageDraw.Draw(page)
+    _draw_title(draw, title, _facts(record, prompt))
+    reference = record.passes[0].reference
+    original = _read(folder, _request(reference, prompt, size)) if reference else None
+    for index, (row, variant) in enumerate(zip(rows(record), record.variants, strict=True)):
+        request = _request(variant, prompt, size)
+        picture = _read(folder, request)
+        _draw_cell(page, layout, index, picture, is_best=row.is_best)
+        if original is not None and variant is not reference:
+            heat = heat_map(picture, original)
+            page.paste(_fit(heat, layout.map), _below(layout, index))
+        _draw_label(draw, layout, index, row, request)
     return page
 
 
-def _cell(record: Record) -> Point:
-    width, height = record.parameters.width, record.parameters.height
+def draw_difference(record: Record, variant: VariantRecord, case: Case, folder: Path) -> bytes:
+    """The reference's picture, the variant's, and their difference in one row, as WebP."""
+    reference = record.reference
+    pair = [_read(folder, first_pictures(one)[case]) for one in (reference, variant)]
+    width, height = map(int, case[1].split("x"))
     shrink = min(1, MAX_CELL / width)
-    return round(width * shrink), round(height * shrink)
+    cell = round(width * shrink), round(height * shrink)
+    page = Image.new("RGBA", (3 * cell[0] + 2 * 6, cell[1]))  # clear between them: dark or light
+    for place, one in enumerate((*pair, heat_map(pair[1], pair[0]))):
+        page.paste(_fit(one, cell), (place * (cell[0] + 6), 0))
+    return as_webp(page)
 
 
-def _pitch(record: Record) -> Point:
-    """From one cell's corner to the next."""
-    width, height = _cell(record)
-    return max(width, MIN_PITCH) + GAP, height + LABEL + GAP
+def as_webp(picture: Image.Image) -> bytes:
+    """For a page that carries its pictures: a tenth of a PNG's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=86)
+    return buffer.getvalue()
 
 
-def _page_size(record: Record, top: int) -> Point:
-    right, down = _pitch(record)
-    num_columns = min(COLUMNS, len(record.variants))
-    num_rows = math.ceil(len(record.variants) / COLUMNS)
-    return (
-        2 * MARGIN + num_columns * right - GAP,
-        top + num_rows * down - GAP + MARGIN,
-    )
+def heat_map(picture: Image.Image, reference: Image.Image) -> Image.Image:
+    """The mean absolute difference over the channels as colour; both pictures of one size."""
+    ours, theirs = (np.asarray(one, np.float32) for one in (picture, reference))  # [H, W, 3]
+    if ours.shape != theirs.shape:
+        raise ZImageError(f"a picture is {ours.shape}, its reference {theirs.shape}")
+    level = np.abs(ours - theirs).mean(2).clip(0, HEAT_FULL) / HEAT_FULL * (len(HEAT) - 1)
+    low = level.astype(np.int64).clip(0, len(HEAT) - 2)  # [H, W]
+    part = (level - low)[..., None]
+    return Image.fromarray((HEAT[low] * (1 - part) + HEAT[low + 1] * part).astype(np.uint8))
 
 
-def _corners(record: Record, top: int) -> Iterator[Point]:
-    """The upper left corner of every cell, in the variants' order."""
-    right, down = _pitch(record)
-    for index in range(len(record.variants)):
-        row, column = divmod(index, COLUMNS)
-        yield MARGIN + column * right, top + row * down
+def _request(variant: VariantRecord, prompt: int, size: str) -> RequestRecord:
+    return first_pictures(variant)[prompt, size]
 
 
-def _title_lines(record: Record, prompt: int) -> list[str]:
-    num_columns = min(COLUMNS, len(record.variants))
-    num_letters = max(24, num_columns * _pitch(record)[0] // 14)
-    return textwrap.wrap(record.parameters.prompts[prompt], num_letters) or [""]
+def _read(folder: Path, request: RequestRecord) -> Image.Image:
+    path = folder / request.picture
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise ZImageError(f"cannot read the picture {path}: {error}") from None
+
+
+def _fit(picture: Image.Image, size: Point) -> Image.Image:
+    same = picture.size == size
+    return picture if same else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _facts(record: Record, prompt: int) -> str:
@@ -98,33 +193,40 @@ def _facts(record: Record, prompt: int) -> str:
     )
 
 
-def _draw_title(draw: ImageDraw.ImageDraw, lines: list[str], facts: str) -> None:
+def _draw_title(draw: ImageDraw.ImageDraw, lines: Sequence[str], facts: str) -> None:
     for index, line in enumerate(lines):
         draw.text((MARGIN, MARGIN - 8 + index * LINE), line, INK, font(23, bold=True))
     draw.text((MARGIN, MARGIN - 4 + len(lines) * LINE), facts, GREY, font(15))
 
 
-def _draw_picture(page: Image.Image, path: Path, corner: Point, cell: Point, row: Row) -> None:
-    left, top = corner
-    try:
-        with Image.open(path) as picture:
-            page.paste(picture.convert("RGB").resize(cell, Image.Resampling.LANCZOS), corner)
-    except OSError as error:
-        raise ZImageError(f"cannot read the picture {path}: {error}") from None
-    if row.is_best:
-        box = (left - FRAME, top - FRAME, left + cell[0] + FRAME - 1, top + cell[1] + FRAME - 1)
+def _draw_cell(
+    page: Image.Image, layout: Layout, index: int, picture: Image.Image, *, is_best: bool
+) -> None:
+    left, top = layout.corner(index)
+    page.paste(_fit(picture, layout.cell), (left, top))
+    if is_best:
+        right, bottom = left + layout.cell[0], top + layout.cell[1]
+        box = (left - FRAME, top - FRAME, right + FRAME - 1, bottom + FRAME - 1)
         ImageDraw.Draw(page).rectangle(box, outline=ACCENT, width=FRAME)
 
 
+def _below(layout: Layout, index: int) -> Point:
+    left, top = layout.corner(index)
+    return left, top + layout.cell[1] + 8
+
+
 def _draw_label(
-    draw: ImageDraw.ImageDraw, corner: Point, cell: Point, row: Row, request: RequestRecord
+    draw: ImageDraw.ImageDraw, layout: Layout, index: int, row: Row, request: RequestRecord
 ) -> None:
-    left, top = corner[0], corner[1] + cell[1] + 9
-    draw.text((left, top), row.policy, ACCENT if row.is_best else INK, font(17, bold=True))
-    if row.is_best:
-        draw.text((left + cell[0], top + 2), "best overall", ACCENT, font(14), anchor="ra")
-    numbers = f"{quality_text(request.quality)} · {request.latency_s:.2f} s"
-    draw.text((left, top + 24), numbers, GREY, font(14))
+    left, top = _below(layout, index)
+    left += 0 if row.is_reference else layout.map[0] + 10
+    draw.text((left, top), row.name, ACCENT if row.is_best else INK, font(16, bold=True))
+    quality = "the reference" if row.is_reference else quality_text(request.quality)
+    lines = [*(quality.split(" · ") if quality else []), f"{request.latency_s:.2f} s"]
+    lines += ["best overall"] if row.is_best else []
+    for place, line in enumerate(lines):
+        ink = ACCENT if line == "best overall" else GREY
+        draw.text((left, top + 22 + place * 18), line, ink, font(14))
 
 
 def font(size: int, *, bold: bool = False) -> Font:

@@ -1,6 +1,5 @@
 """A server in a fresh process of its own: started, waited for, and always ended."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Server:
         while time.perf_counter() - self.started < timeout_s:
             if (code := self.process.poll()) is not None:
                 raise self.failure(f"the server ended with exit code {code} while starting")
-            with contextlib.suppress(httpx2.TransportError):
+            with suppress(httpx2.TransportError):
                 if httpx2.get(f"{self.url}/health", trust_env=False).is_success:
                     return time.perf_counter() - self.started
             time.sleep(0.05)
@@ -108,19 +108,44 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End the process group: politely, then by force, and whatever has left the group."""
     family = _family(process.pid)
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(family, STOP_TIMEOUT_S)
 
 
+def note_server(server: Server, notes: Path) -> None:
+    """Write down a started server, for `end_orphans` after a kill that nobody could catch."""
+    with suppress(psutil.NoSuchProcess), notes.open("a", encoding="utf-8") as file:
+        created = psutil.Process(server.pid).create_time()
+        file.write(f"{server.pid} {created}\n")
+
+
+def end_orphans(notes: Path) -> None:
+    """End the servers that a killed run left behind, and forget the notes."""
+    if not notes.exists():
+        return
+    for line in notes.read_text(encoding="utf-8").splitlines():
+        pid, _, created = line.partition(" ")
+        with suppress(psutil.NoSuchProcess, ValueError):
+            process = psutil.Process(int(pid))
+            # Process ids are used again; the moment of birth tells another program apart.
+            if process.create_time() == float(created):
+                family = [process, *process.children(recursive=True)]
+                for one in family:
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
+                psutil.wait_procs(family, STOP_TIMEOUT_S)
+    notes.unlink()
+
+
 def _family(pid: int) -> list[psutil.Process]:
     """Descendants, noted before the parent's end: a worker may have a session of its own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess):
         return list(psutil.Process(pid).children(recursive=True))
     return []
 

@@ -1,18 +1,42 @@
-"""One client, one request at a time, timed on the wall clock at the client."""
+"""The client: one picture asked for and timed on the wall clock, of any OpenAI-style server."""
 
 import base64
 import binascii
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import httpx2
-from pydantic import ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.protocol import ErrorAnswer, ImagesAnswer, RunFacts
+from zimage_fp8.protocol import ErrorAnswer, RunFacts
 
 REQUEST_TIMEOUT_S = 3600
 SHOWN_LETTERS = 200  # of a body that is not ours
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """One picture to ask for. size: WxH."""
+
+    prompt: str
+    seed: int
+    size: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server says of one request. A server that is not ours may say nothing."""
+
+    nfe: int | None = None
+    sigmas: list[float] = field(default_factory=list)
+    timings_s: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    server: dict[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -21,52 +45,121 @@ class Drawn:
 
     latency_s: float
     png: bytes
-    facts: RunFacts
+    facts: ServerFacts
+
+
+class _Picture(BaseModel):
+    b64_json: str | None = None
+
+
+class _Metrics(BaseModel):
+    """vLLM-Omni's: its stages carry no unit, so only the memory is taken."""
+
+    peak_memory_mb: float | None = None
+
+
+class _Answer(BaseModel):
+    data: list[_Picture]
+    metrics: _Metrics | None = None
+    zimage_fp8: RunFacts | None = None
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
 
 
 class Client:
-    """Draws through an OpenAI-style image server. Raises ZImageError on any failed request."""
+    """Draws through an OpenAI-style image server. Raises ZImageError on any failed request.
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+    extra: fields that every body carries beside the usual ones. May be used by many threads.
+    """
+
+    def __init__(self, url: str, extra: Mapping[str, JsonValue] | None = None) -> None:
+        self._extra = dict(extra or {})
+        limits = httpx2.Limits(max_connections=None)
+        self._http = httpx2.Client(
+            base_url=url, timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=limits
+        )
 
     def close(self) -> None:
         self._http.close()
 
-    def draw(self, prompt: str, *, seed: int, size: str, steps: int, guidance: float) -> Drawn:
+    def served_models(self) -> list[str]:
+        """The ids of /v1/models; empty when the server has no such list.
+
+        Raises ZImageError when there is no server.
+        """
+        try:
+            response = self._http.get("/v1/models", timeout=10)
+            return [model.id for model in _Models.model_validate_json(response.content).data]
+        except httpx2.TransportError as error:
+            raise ZImageError(f"no server answers: {error}") from None
+        except ValidationError:
+            return []
+
+    def draw(self, work: Work) -> Drawn:
+        """Ask for one picture, wait for it and take it apart."""
+        response, latency_s = self._post(work)
+        return _drawn(response, latency_s)
+
+    def time(self, work: Work) -> float:
+        """Seconds of one request whose picture nobody needs."""
+        response, latency_s = self._post(work)
+        _refuse_failure(response)
+        return latency_s
+
+    def _post(self, work: Work) -> tuple[httpx2.Response, float]:
         # Steps and guidance are always sent: other servers take 50 and 1.0 (two forwards a step)
         # when they are missing.
-        body = {
-            "prompt": prompt,
-            "seed": seed,
-            "size": size,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
+        body: dict[str, JsonValue] = {
+            "prompt": work.prompt,
+            "seed": work.seed,
+            "size": work.size,
+            "num_inference_steps": work.steps,
+            "guidance_scale": work.guidance,
             "n": 1,
             "response_format": "b64_json",
+            **self._extra,
         }
         started = time.perf_counter()
         try:
             response = self._http.post("/v1/images/generations", json=body)
         except httpx2.TransportError as error:
             raise ZImageError(f"the server did not answer: {error}") from None
-        latency_s = time.perf_counter() - started
-        return _drawn(response, latency_s)
+        return response, time.perf_counter() - started
+
+
+def _refuse_failure(response: httpx2.Response) -> None:
+    if not response.is_success:
+        raise ZImageError(f"the server answered {response.status_code}: {_reason(response)}")
 
 
 def _drawn(response: httpx2.Response, latency_s: float) -> Drawn:
-    if not response.is_success:
-        raise ZImageError(f"the server answered {response.status_code}: {_reason(response)}")
+    _refuse_failure(response)
     try:
-        answer = ImagesAnswer.model_validate_json(response.content)
+        answer = _Answer.model_validate_json(response.content)
     except ValidationError:
         raise ZImageError(f"not an answer with pictures: {_first_line(response)}") from None
-    if answer.zimage_fp8 is None:
-        raise ZImageError("the answer lacks the block zimage_fp8: forwards cannot be counted")
-    return Drawn(latency_s, _png(answer), answer.zimage_fp8)
+    return Drawn(latency_s, _png(answer), _facts(answer))
 
 
-def _png(answer: ImagesAnswer) -> bytes:
+def _facts(answer: _Answer) -> ServerFacts:
+    if (ours := answer.zimage_fp8) is not None:
+        return ServerFacts(
+            ours.nfe, ours.sigmas, ours.timings_s, ours.peak_memory_bytes, ours.server
+        )
+    peak_mib = answer.metrics.peak_memory_mb if answer.metrics else None
+    return ServerFacts(
+        # vLLM-Omni means torch's reserved memory by it.
+        peak_memory_bytes={"torch_reserved": round(peak_mib * MIB)} if peak_mib else {}
+    )
+
+
+def _png(answer: _Answer) -> bytes:
     """The one picture that was asked for, in the form that was asked for."""
     encoded = answer.data[0].b64_json if len(answer.data) == 1 else None
     if not encoded:

@@ -37,7 +37,7 @@ def pareto(
     canvas = Canvas(WIDTH, height)
     xs = [bound for dot in dots for bound in _bounds(dot.x)]
     ys = [bound for _, y in judged for bound in _bounds(y)] + list(levels.values())
-    x_scale = scale(xs, LEFT, WIDTH - RIGHT - 40)
+    x_scale = scale(xs, LEFT, WIDTH - RIGHT)
     y_scale = scale(ys or [0.0], height - BOTTOM, TOP)
     _axes(canvas, x_scale, y_scale, x_title, y_title)
 
@@ -50,14 +50,15 @@ def pareto(
         if dot.y is None:
             x = x_scale(dot.x.value)
             canvas.line((x, TOP), (x, height - BOTTOM), "var(--muted)", dash="6 4")
-            taken.append(_label(canvas, x - 5, TOP + 12, dot.name, anchor="end", css="muted"))
+            below = height - BOTTOM - 8
+            taken.append(_label(canvas, x - 5, below, dot.name, anchor="end", css="muted"))
     _frontier(canvas, [(x_scale(d.x.value), y_scale(y.value)) for d, y in judged])
     places = [(dot, x_scale(dot.x.value), y_scale(y.value)) for dot, y in judged]
-    for place, (dot, y) in enumerate(judged):
-        _crossed_dot(canvas, dot, y, x_scale, y_scale, colour(place))
+    for place, (dot, quality) in enumerate(judged):
+        _crossed_dot(canvas, dot, quality, x_scale, y_scale, colour(place))
     taken += [(x - 7, y - 7, x + 7, y + 7) for _, x, y in places]
     for dot, x, y in places:
-        taken.append(_free_label(canvas, x, y, dot, taken))
+        taken.append(_free_label(canvas, (x, y), dot, taken))
     return canvas.render(title)
 
 
@@ -87,19 +88,22 @@ def _crossed_dot(
     canvas.dot(x, y, "var(--best)" if dot.is_best else fill, radius=5.5, hint=dot.note or dot.name)
 
 
-def _free_label(canvas: Canvas, x: float, y: float, dot: Dot, taken: Sequence[Box]) -> Box:
-    """The name beside its dot, at the first place that covers nothing."""
+def _free_label(canvas: Canvas, at: tuple[float, float], dot: Dot, taken: Sequence[Box]) -> Box:
+    """The name near its dot, between its intervals' lines, where it covers nothing; tied if far."""
+    x, y = at
     name = f"★ {dot.name}" if dot.is_best else dot.name
     css = "best bold" if dot.is_best else ""
     offsets = [
-        (anchor, x + dx, y + 4 + dy)
-        for dy in (0, -14, 14, -28, 28, -42, 42)
-        for anchor, dx in (("start", 10), ("end", -10))
+        (anchor, x + dx, y + dy)
+        for dy in (-8, 17, -22, 31, -36, 45, -50, 59)
+        for anchor, dx in (("start", 8), ("end", -8))
     ]
     boxes = [(_box(px, py, name, anchor), anchor, px, py) for anchor, px, py in offsets]
     inside = [one for one in boxes if one[0][0] > LEFT and one[0][2] < WIDTH]
     free = [one for one in inside if not any(_overlap(one[0], box) for box in taken)]
     _, anchor, px, py = (free or inside or boxes)[0]
+    if abs(py - 4 - y) > 24:
+        canvas.line((x, y), (px, py - 4), "var(--muted)", width=0.7)
     return _label(canvas, px, py, name, anchor=anchor, css=css)
 
 
@@ -246,11 +250,11 @@ def ladder(rungs: Sequence[Rung], title: str) -> str:
                 canvas.bar(left, row + 1, x_scale(ms) - left, thick - 2, colour(place))
                 gain = f"{ms:.0f}   {first[size] / ms:.2f}×"
                 canvas.text(x_scale(ms) + 6, row + 12, gain, size=11.5)
-    return canvas.render(title, standalone=True)
+    return canvas.render(title)
 
 
 def _axes(canvas: Canvas, x_scale: Scale, y_scale: Scale, x_title: str, y_title: str) -> None:
-    left, right = x_scale.start, canvas.width - RIGHT
+    left, right = x_scale.start, x_scale.end
     for tick in y_scale.ticks():
         canvas.line((left, y_scale(tick)), (right, y_scale(tick)), "var(--grid)")
         y = y_scale(tick) + 4

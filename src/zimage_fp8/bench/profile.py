@@ -65,9 +65,10 @@ class Profile(_Table):
     Every variant draws every prompt at every size. timed: timed requests per variant and size,
     spread evenly over the prompts. warmup: untimed requests per size before; with warm_tolerance
     they go on until the medians of the last two groups of `warmup` agree that well, or max_warmup
-    are spent. floors: BF16 again (rerun), with floor_attention (attention), with the next seed.
-    probe_guidance: check by timing that guidance runs only when asked; servers that do not count
-    their forwards are always checked.
+    are spent. draw_before_timing: draw every picture once untimed, so that every timed request is a
+    repetition and no first sight of a caption's length is timed. floors: BF16 again (rerun), with
+    floor_attention (attention), with the next seed. probe_guidance: check by timing that guidance
+    runs only when asked; servers that do not count their forwards are always checked.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Profile(_Table):
     warm_tolerance: float | None = Field(default=None, gt=0)
     max_warmup: int = 0
     order: Order = "sequential"
+    draw_before_timing: bool = True
     floors: list[Floor] = []
     floor_attention: str | None = None
     probe_guidance: bool = False
@@ -108,6 +110,8 @@ class Profile(_Table):
             raise ValueError("warm_tolerance compares medians of groups of `warmup`: at least 1")
         if self.warm_tolerance is not None and self.max_warmup < 2 * self.warmup:
             raise ValueError("max_warmup must allow two groups of `warmup` requests")
+        if self.load and not self.draw_before_timing:
+            raise ValueError("load needs draw_before_timing: its rates come from those pictures")
         names = [one.name for one in self.passes]
         if len(set(names)) < len(names):
             raise ValueError("two passes have one name")

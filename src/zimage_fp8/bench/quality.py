@@ -1,9 +1,10 @@
 """How far a picture is from its BF16 reference, exactly as the seed card computes it."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from zimage_fp8.bench.record import Quality
@@ -34,5 +35,27 @@ def compare(picture: np.ndarray, reference: np.ndarray) -> Quality:
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]"""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    """uint8 [H, W, 3]. Raises ZImageError for what is no picture."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ZImageError(f"the picture cannot be read: {error}") from None
+
+
+def check_picture(png: bytes, size: str) -> list[tuple[str, str]]:
+    """(flag, sentence) for what is wrong with it though it can be compared.
+
+    Raises ZImageError for another size than was asked for: it cannot be compared with anything.
+    """
+    picture = pixels(png)
+    found = f"{picture.shape[1]}x{picture.shape[0]}"
+    if found != size:
+        raise ZImageError(f"{size} was asked for, the picture is {found}")
+    return list(_flaws(picture))
+
+
+def _flaws(picture: np.ndarray) -> Iterator[tuple[str, str]]:
+    colour = picture[0, 0]
+    if (picture == colour).all():
+        is_black = not colour.any()
+        yield "flat_picture", f"A picture is {'black' if is_black else 'of one colour'} everywhere"

@@ -13,60 +13,18 @@ schema is versioned: version 1 is read as version 2, any other is refused, not g
 
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from zimage_fp8.bench.record_v1 import from_version_1
+from zimage_fp8.bench.vocabulary import FLAG_KINDS, MEMORY_METHODS
 from zimage_fp8.errors import ZImageError
+
+__all__ = ["FLAG_KINDS", "MEMORY_METHODS"]
 
 SCHEMA_VERSION: Literal[2] = 2
 REFERENCE = "bf16_base"
-
-
-class MemoryMethod(NamedTuple):
-    """How a peak was measured: for a table's header, for a phrase, and as a sentence."""
-
-    header: str
-    short: str
-    sentence: str
-
-
-# In order of preference for the table: the first that every variant has.
-MEMORY_METHODS: dict[str, MemoryMethod] = {
-    "nvml_process": MemoryMethod(
-        "Peak GPU, NVML (GiB)",
-        "peak GPU",
-        "peak GPU memory of the server process, sampled through NVML",
-    ),
-    "nvml_device_growth": MemoryMethod(
-        "Peak GPU growth, NVML (GiB)",
-        "peak GPU growth",
-        "peak memory of all GPUs above what was used before the server started, sampled through "
-        "NVML (the driver does not show this process by its id)",
-    ),
-    "torch_reserved": MemoryMethod(
-        "Peak GPU, torch reserved (GiB)",
-        "peak GPU reserved",
-        "most memory torch's allocator held from the driver, as the server reports it",
-    ),
-    "torch_allocated": MemoryMethod(
-        "Peak GPU, torch allocated (GiB)",
-        "peak GPU allocated",
-        "largest sum of live CUDA tensors, as the server reports it",
-    ),
-    "process_rss": MemoryMethod(
-        "Peak RSS (GiB)",
-        "peak RSS",
-        "peak resident main memory of the server process since its start, loading included, as "
-        "its kernel counts it",
-    ),
-    "sampled_rss": MemoryMethod(
-        "Peak RSS, sampled (GiB)",
-        "peak RSS",
-        "peak resident main memory of the server process, sampled",
-    ),
-}
 
 
 class _Part(BaseModel):
@@ -184,23 +142,6 @@ class Flag(_Part):
 
     kind: str
     text: str
-
-
-FLAG_KINDS = {
-    "unasked_guidance": "its times say that guidance ran although it was off",
-    "ignored_guidance": "turning guidance on changed neither time nor picture",
-    "ignored_steps": "twice the steps did not take longer",
-    "unequal_forwards": "it ran another number of forwards than the reference",
-    "other_size": "a picture has another size than was asked for",
-    "flat_picture": "a picture has one colour everywhere, as black or NaN pictures have",
-    "same_pictures": "different prompts and seeds gave the same picture",
-    "not_repeatable": "the same request gave different pictures",
-    "unsettled": "latency was still changing when timing began",
-    "failed_requests": "requests failed under load",
-    "busy_gpu": "another program used the GPU",
-    "throttled": "the GPU slowed down for heat or power",
-    "memory_not_returned": "GPU memory was not back at its baseline after the server's end",
-}
 
 
 class Spread(_Part):

@@ -143,16 +143,15 @@ class Canvas:
             f"{name}{turn}>{escape(text)}</text>"
         )
 
-    def render(self, title: str, *, standalone: bool = False) -> str:
-        """The SVG. standalone: as a file of its own, with colours and paper."""
-        style = f"<style>{palette_css('.plot')}{PLOT_CSS}</style>" if standalone else ""
-        paper = '<rect width="100%" height="100%" fill="var(--paper)"/>' if standalone else ""
-        space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
+    def render(self, title: str) -> str:
+        """The SVG, complete with colours and paper: a file of its own, or a part of a page."""
+        label = escape(title)
         return (
-            f'<svg{space} class="plot" viewBox="0 0 {self.width:g} {self.height:g}" '
-            f'width="{self.width:g}" height="{self.height:g}" role="img" '
-            f'aria-label="{escape(title)}">'
-            f"{style}<title>{escape(title)}</title>{paper}{''.join(self._parts)}</svg>"
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" '
+            f'viewBox="0 0 {self.width:g} {self.height:g}" width="{self.width:g}" '
+            f'height="{self.height:g}" aria-label="{label}">'
+            f"<style>{palette_css('.plot')}{PLOT_CSS}</style><title>{label}</title>"
+            f'<rect width="100%" height="100%" fill="var(--paper)"/>{"".join(self._parts)}</svg>\n'
         )
 
 

@@ -1,147 +1,172 @@
-"""The benchmark's table, computed from a record and nothing else, for reports and cards."""
+"""The benchmark's main table, computed from a record and nothing else, for reports and cards."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from zimage_fp8.bench.record import MEMORY_METHODS, Quality, Record, VariantRecord
+from zimage_fp8.bench.record import (
+    MEMORY_METHODS,
+    Pass,
+    Quality,
+    Record,
+    VariantRecord,
+)
+from zimage_fp8.bench.statistics import Interval, mean_interval
+from zimage_fp8.bench.summary import Metric, metric_rows, steps_per_s
 
 GIB = 2**30
+QUALITY: tuple[Metric, Metric] = ("psnr_db", "ssim")  # the seed card's
 BEST = "★"
+HERE = "👈"
 
 # What a picture may lose before its variant stops being a choice. The seed card's family spans
 # 0.76 to 0.90; far below that, these are other pictures.
 BEST_MIN_SSIM = 0.70
 BEST_RULE = (
-    f"{BEST} marks the best overall choice: the smallest product of mean latency and peak memory "
-    f"among the variants whose mean SSIM is at least {BEST_MIN_SSIM:.2f}, BF16 included."
+    f"{BEST} marks the best overall choice of a table: the smallest product of mean latency and "
+    f"peak memory among the variants whose mean SSIM is at least {BEST_MIN_SSIM:.2f}, BF16 "
+    "included."
 )
 
 
 @dataclass(frozen=True)
+class Table:
+    """Cells as text. `marks`: row -> its CSS class in a page (best, here, floor, failed)."""
+
+    header: list[str]
+    body: list[list[str]]
+    marks: dict[int, str] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        return markdown_table(self.header, self.body)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One variant. Changes are fractions of the reference; quality is None for the reference.
+    """One variant at one size. Changes are fractions of the reference, None without one.
 
     psnr_db: the mean over the pictures that differ from the reference's; infinite when none does.
+    psnr_db and ssim are None where pictures were not compared, as the reference's.
     """
 
+    name: str
     policy: str
     summary: str
+    is_reference: bool
     latency_s: float
+    latency_change: float | None
     steps_per_s: float
-    memory_bytes: int
-    latency_change: float
-    memory_saving: float
+    memory_bytes: int | None
+    memory_saving: float | None
     psnr_db: float | None
     ssim: float | None
     num_pictures: int
     num_identical: int
-    is_best: bool
+    is_best: bool = False
 
     @property
-    def memory_gib(self) -> float:
-        return self.memory_bytes / GIB
+    def memory_gib(self) -> float | None:
+        return None if self.memory_bytes is None else self.memory_bytes / GIB
 
 
-def rows(record: Record) -> list[Row]:
-    """One row per variant, in the record's order, exactly one of them the best."""
-    best = _best(record)
-    return [_row(record, variant, variant is best) for variant in record.variants]
+def rows(record: Record, one: Pass | None = None, size: str | None = None) -> list[Row]:
+    """One row per variant of a pass (the main one) at a size (the first), in the record's order."""
+    one, size = one or record.passes[0], size or record.parameters.size
+    found = [_row(record, one, variant, size) for variant in one.variants]
+    best = min(filter(_is_choice, found), key=_cost, default=None)
+    return [replace(row, is_best=row is best) for row in found]
 
 
-def close_to_best(record: Record) -> list[str]:
-    """Policies whose range of latencies overlaps with that of the best."""
-    best = _best(record)
-    low, high = _latency_range(best)
-    ranges = {v.policy: _latency_range(v) for v in record.variants if v is not best}
-    return [policy for policy, (least, most) in ranges.items() if least <= high and low <= most]
-
-
-def _best(record: Record) -> VariantRecord:
-    return min(filter(_is_choice, record.variants), key=lambda v: _cost(record, v))
-
-
-def _latency_range(variant: VariantRecord) -> tuple[float, float]:
-    latencies = [request.latency_s for request in variant.requests]
-    return min(latencies), max(latencies)
-
-
-def _row(record: Record, variant: VariantRecord, is_best: bool) -> Row:
-    latency_s, memory = mean_latency_s(variant), _memory(record, variant)
-    reference = record.reference
-    judged = [request.quality for request in variant.requests if request.quality]
+def _row(record: Record, one: Pass, variant: VariantRecord, size: str) -> Row:
+    reference = one.reference
+    latency_s, memory = fmean(variant.latencies_s(size)), _memory(one, variant)
+    base_s = fmean(reference.latencies_s(size)) if reference else None
+    base_memory = _memory(one, reference) if reference else None
+    psnrs, ssims = (_values(record, variant, metric, size) for metric in QUALITY)
+    differing = [psnr for psnr in psnrs if psnr != float("inf")]
     return Row(
+        name=variant.name,
         policy=variant.policy,
         summary=variant.summary,
+        is_reference=variant is reference,
         latency_s=latency_s,
-        steps_per_s=record.parameters.steps / latency_s,
+        latency_change=latency_s / base_s - 1 if base_s else None,
+        steps_per_s=steps_per_s(variant, record.parameters, size),
         memory_bytes=memory,
-        latency_change=latency_s / mean_latency_s(reference) - 1,
-        memory_saving=1 - memory / _memory(record, reference),
-        psnr_db=_mean_psnr_db(judged),
-        ssim=mean_ssim(variant),
-        num_pictures=len(variant.requests),
-        num_identical=sum(quality.is_identical for quality in judged),
-        is_best=is_best,
+        memory_saving=1 - memory / base_memory if memory and base_memory else None,
+        psnr_db=(fmean(differing) if differing else float("inf")) if psnrs else None,
+        ssim=fmean(ssims) if ssims else None,
+        num_pictures=len(psnrs),
+        num_identical=len(psnrs) - len(differing),
     )
 
 
-def mean_latency_s(variant: VariantRecord) -> float:
-    return fmean(request.latency_s for request in variant.requests)
+def _values(record: Record, variant: VariantRecord, metric: Metric, size: str) -> list[float]:
+    found = metric_rows(variant, metric, record.parameters)
+    return [value for (_, at), value in found.items() if at == size]
 
 
-def mean_ssim(variant: VariantRecord) -> float | None:
-    """The mean over pictures; None for the reference."""
-    judged = [request.quality.ssim for request in variant.requests if request.quality]
-    return fmean(judged) if judged else None
+def _is_choice(row: Row) -> bool:
+    return row.ssim is None or row.ssim >= BEST_MIN_SSIM
 
 
-def _mean_psnr_db(judged: Sequence[Quality]) -> float | None:
-    if not judged:
-        return None
-    differing = [quality.psnr_db for quality in judged if not quality.is_identical]
-    return fmean(differing) if differing else float("inf")
+def _cost(row: Row) -> float:
+    """Without a common memory figure latency alone decides."""
+    return row.latency_s * (row.memory_bytes or 1)
 
 
-def _memory(record: Record, variant: VariantRecord) -> int:
-    return variant.peak_memory_bytes[record.memory_method]
+def close_to_best(record: Record, one: Pass | None = None, size: str | None = None) -> list[str]:
+    """Variants whose mean latency has an interval that overlaps with the best one's."""
+    one, size = one or record.passes[0], size or record.parameters.size
+    found = zip(rows(record, one, size), one.variants, strict=True)
+    intervals = {row: mean_interval(variant.latencies_s(size)) for row, variant in found}
+    best = next((interval for row, interval in intervals.items() if row.is_best), None)
+    if best is None:
+        return []
+    return [row.name for row, one in intervals.items() if not row.is_best and _touch(one, best)]
 
 
-def _is_choice(variant: VariantRecord) -> bool:
-    ssim = mean_ssim(variant)
-    return ssim is None or ssim >= BEST_MIN_SSIM
+def _touch(one: Interval, other: Interval) -> bool:
+    """Also when nothing is known about either's spread."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return True
+    return one.low <= other.high and other.low <= one.high
 
 
-def _cost(record: Record, variant: VariantRecord) -> float:
-    return mean_latency_s(variant) * _memory(record, variant)
+def _memory(one: Pass, variant: VariantRecord) -> int | None:
+    return variant.peak_memory_bytes.get(one.memory_method) if one.memory_method else None
 
 
-def header(record: Record) -> list[str]:
-    memory = MEMORY_METHODS[record.memory_method].header
+def header(one: Pass) -> list[str]:
+    method = one.memory_method
+    memory = MEMORY_METHODS[method].header if method else "Peak memory"
     return [
         "Variant", "Mean latency (s)", "Steps/s", memory, "Δ latency vs BF16", "Mem savings",
         "PSNR vs BF16 (dB)", "SSIM vs BF16",
     ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, in the seed card's units and digits."""
+def cells(row: Row, no_quality: str | None = None) -> list[str]:
+    """A row as text, in the seed card's units and digits. no_quality: why there is none."""
+    missing = f"n/a: {no_quality}" if no_quality else "n/a"
     return [
-        row.policy,
+        row.name,
         f"{row.latency_s:.3f}",
         f"{row.steps_per_s:.2f}",
-        f"{row.memory_gib:.2f}",
-        f"{row.latency_change:+z.1%}",
-        f"{row.memory_saving:+z.1%}",
-        psnr_text(row),
-        "ref" if row.ssim is None else f"{row.ssim:.4f}",
+        "n/a" if row.memory_gib is None else f"{row.memory_gib:.2f}",
+        "n/a" if row.latency_change is None else f"{row.latency_change:+z.1%}",
+        "n/a" if row.memory_saving is None else f"{row.memory_saving:+z.1%}",
+        psnr_text(row) or missing,
+        "ref" if row.is_reference else missing if row.ssim is None else f"{row.ssim:.4f}",
     ]
 
 
 def psnr_text(row: Row, unit: str = "") -> str:
-    """`21.05`, and how many pictures are identical to the reference's when some are."""
-    if row.psnr_db is None:
+    """`21.05`, and how many pictures are identical to the reference's when some are; or nothing."""
+    if row.is_reference:
         return "ref"
+    if row.psnr_db is None:
+        return ""
     if row.num_identical == row.num_pictures:
         return "identical"
     some = f" ({row.num_identical} of {row.num_pictures} identical)" if row.num_identical else ""
@@ -149,24 +174,44 @@ def psnr_text(row: Row, unit: str = "") -> str:
 
 
 def quality_text(quality: Quality | None) -> str:
-    """One picture's quality in words short enough for a label."""
+    """One picture's quality in words short enough for a label; nothing for a reference."""
     if quality is None:
-        return "the reference"
+        return ""
     if quality.is_identical:
         return "identical"
     return f"{quality.psnr_db:.2f} dB · SSIM {quality.ssim:.4f}"
 
 
-def marked_table(record: Record, here: str | None = None) -> str:
-    """The table in markdown: the best row starred, the row `here` in bold and pointed at."""
-    body = []
-    for row in rows(record):
-        text = cells(row)
-        if row.policy == here:
+def main_table(
+    record: Record, one: Pass | None = None, size: str | None = None, here: str | None = None
+) -> Table:
+    """The seed card's table: the best row starred, the row `here` pointed at, failures at the end.
+
+    here: the name of a variant, which is marked in bold.
+    """
+    one = one or record.passes[0]
+    body, marks = [], {}
+    for index, row in enumerate(rows(record, one, size)):
+        text = cells(row, record.no_quality)
+        if row.name == here:
             text = [f"**{cell}**" for cell in text]
-        text[0] += (f" {BEST}" if row.is_best else "") + (" 👈" if row.policy == here else "")
+            marks[index] = "here"
+        if row.is_best:
+            marks[index] = "best"
+        text[0] += (f" {BEST}" if row.is_best else "") + (f" {HERE}" if row.name == here else "")
         body.append(text)
-    return markdown_table(header(record), body)
+    head = header(one)
+    for failure in one.failures:
+        if failure.floor is None:
+            marks[len(body)] = "failed"
+            reason = failure.error.splitlines()[0] if failure.error else "no reason given"
+            body.append([failure.name, f"failed: {reason}", *[""] * (len(head) - 2)])
+    return Table(head, body, marks)
+
+
+def marked_table(record: Record, here: str | None = None) -> str:
+    """The main pass's table in markdown."""
+    return main_table(record, here=here).markdown()
 
 
 def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -176,4 +221,4 @@ def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    return cell.replace("|", "\\|").replace("\n", " ")

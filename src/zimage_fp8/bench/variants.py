@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_fp8 import __version__
+from zimage_fp8.bench.engines import Engine, OurEngine
 from zimage_fp8.bench.facts import CheckpointFacts, read_facts
 from zimage_fp8.bench.launch import stop
 from zimage_fp8.bench.record import REFERENCE
@@ -40,41 +41,35 @@ class Variant:
     def summary(self) -> str:
         return self.chosen.summary
 
-    def serve_arguments(self, model: str, dtype: str, device: str | None) -> list[str]:
-        source = [str(self.checkpoint)] if self.checkpoint else [model, "--policy", self.asked]
-        return [*source, "--dtype", dtype, *(["--device", device] if device else [])]
-
-    def recorded_command(self, model: str, dtype: str, device: str | None) -> list[str]:
-        """How the server is started, in names that mean the same on every machine."""
-        checkpoint = Path(CHECKPOINTS, self.policy) if self.checkpoint else None
-        travelling = replace(self, asked=travelling_name(self.asked), checkpoint=checkpoint)
-        arguments = travelling.serve_arguments(display_name(model), dtype, device)
-        return ["zimage-fp8", "serve", *arguments]
-
 
 def travelling_name(asked: str) -> str:
     """A policy as asked for, without the folder of its file."""
     return Path(asked).name if asked.endswith(".toml") else asked
 
 
-def plan_variants(policies: Sequence[str], checkpoints: Path) -> list[Variant]:
+def plan_variants(
+    policies: Sequence[str], checkpoints: Path, engine: Engine | None = None
+) -> list[Variant]:
     """One variant per policy, `all` standing for the card's nine. The reference is always first.
 
-    Raises UsageError for unknown policies and for two of one name.
+    engine: what will serve them; it decides which need a checkpoint. Ours by default. Raises
+    UsageError for unknown policies, for two of one name, and for what the engine cannot serve.
     """
     named = [p for policy in policies for p in (ALL if policy == "all" else (policy,))]
     if not named:
         raise UsageError("no policy to benchmark", param="policies")
-    variants = [_variant(name, checkpoints) for name in dict.fromkeys([REFERENCE, *named])]
+    engine = engine or OurEngine()
+    variants = [_variant(name, checkpoints, engine) for name in dict.fromkeys([REFERENCE, *named])]
     names = [variant.policy for variant in variants]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two policies are named {twice[0]!r}", param="policies")
     return variants
 
 
-def _variant(asked: str, checkpoints: Path) -> Variant:
+def _variant(asked: str, checkpoints: Path, engine: Engine) -> Variant:
     policy = find_policy(asked)
-    return Variant(policy, asked, checkpoints / policy.name if policy.is_static else None)
+    is_stored = engine.needs_checkpoint(policy.name, is_static=policy.needs_calibration)
+    return Variant(policy, asked, checkpoints / policy.name if is_stored else None)
 
 
 def check_policies(variants: Sequence[Variant], folder: Path) -> None:

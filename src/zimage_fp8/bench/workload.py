@@ -1,53 +1,45 @@
-"""What every variant is put through: the defaults by kind of model, and what a user changed."""
+"""What every variant is put through: a profile, and what a user changed of it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from zimage_fp8.bench.profile import Profile, find_profile
 from zimage_fp8.bench.record import Parameters
 from zimage_fp8.bench.variants import travelling_name
 from zimage_fp8.errors import UsageError
-from zimage_fp8.layout import read_config
+from zimage_fp8.layout import PATCH, read_config
 from zimage_fp8.model.loading import DTYPES
 from zimage_fp8.model.pipeline import ImageRequest, check_values
 from zimage_fp8.model.source import display_name
-from zimage_fp8.protocol import MAX_SEED
+from zimage_fp8.protocol import MAX_SEED, parse_size
 
 FIRST_SEED = 1235  # as the seed card; the warm-up takes the seed before
 FULL_SIZE_DIM = 3840
+VAE_FACTOR = 8
 
 
-@dataclass(frozen=True)
-class Profile:
-    """The default workload of a kind of model: one seed per prompt, (width, height) in pixels."""
+class Sample(NamedTuple):
+    """A few prompts that suit a model, and its usual (width, height)."""
 
     prompts: tuple[str, ...]
     size: tuple[int, int]
 
 
-FULL_SIZE = Profile(
-    prompts=(
-        "a cinematic photograph of an old fisherman standing on a foggy pier at sunrise",
-        "a detailed watercolor painting of a mountain village beside a clear blue lake",
-        "a futuristic city street at night with neon reflections on wet pavement",
-    ),
-    size=(1024, 512),
-)
-
-# nano knows objects on plain backgrounds and nothing else.
-NANO = Profile(
-    prompts=(
-        "a 3d icon of a hamburger on a teal background",
-        "a penguin on a yellow background",
-        "a lion and a red apple on a pink background",
-    ),
-    size=(256, 256),
-)
+def profile_of(folder: Path) -> Sample:
+    """The seed card's prompts and size, or nano's own for smaller models. Raises ModelError."""
+    profile = find_profile("nano" if is_test_model(folder) else "card")
+    prompts = tuple(prompt for group in profile.prompts.values() for prompt in group)
+    return Sample(prompts, parse_size(profile.sizes[0]))
 
 
-def profile_of(folder: Path) -> Profile:
-    """FULL_SIZE for a model of Z-Image-Turbo's width, NANO for smaller ones. Raises ModelError."""
-    return NANO if is_test_model(folder) else FULL_SIZE
+def default_profile(folder: Path) -> str:
+    """The name of the profile for who names none. Raises ModelError."""
+    return "nano" if is_test_model(folder) else "quick"
 
 
 def is_test_model(folder: Path) -> bool:
@@ -58,17 +50,24 @@ def is_test_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for; None stands for the profile's default."""
+    """What the user asked for; None stands for what the profile says."""
 
+    profile: str | None = None
     prompts: Sequence[str] | None = None
     seeds: Sequence[int] | None = None
     size: tuple[int, int] | None = None
-    steps: int = 8
-    guidance: float = 0.0
-    warmup: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    warmup: int | None = None
     runs: int | None = None
     dtype: str = "bfloat16"
     device: str | None = None
+
+    @property
+    def change_the_profile(self) -> bool:
+        """Whether what runs is still the profile of that name."""
+        kept = ("profile", "dtype", "device")
+        return any(getattr(self, f.name) is not None for f in fields(self) if f.name not in kept)
 
 
 # field, what must hold, and the same in words
@@ -77,49 +76,131 @@ CHECKS: tuple[tuple[str, Callable[[Parameters], bool], str], ...] = (
     ("seeds", lambda p: len(p.seeds) == len(p.prompts), "there must be one per prompt"),
     (
         "seeds",
-        lambda p: all(0 <= seed <= MAX_SEED for seed in p.seeds),
-        f"expected 0 to {MAX_SEED}, which JSON carries exactly",
+        lambda p: all(0 <= seed < MAX_SEED for seed in p.seeds),
+        f"expected 0 to {MAX_SEED - 1}, which JSON carries exactly",
     ),
     ("warmup", lambda p: p.warmup >= 0, "it cannot be negative"),
-    ("runs", lambda p: p.runs >= len(p.prompts), "each prompt must be drawn at least once"),
+    ("runs", lambda p: p.runs >= 1, "there must be one"),
     ("dtype", lambda p: p.dtype in DTYPES, f"expected {' or '.join(DTYPES)}"),
 )
 
 
+def effective_profile(profile: Profile, wishes: Wishes) -> Profile:
+    """The profile with the user's wishes in it; fewer timed requests than own prompts draw all.
+
+    Seeds stay apart: they are in the parameters.
+    """
+    changes: dict[str, object] = {}
+    if wishes.prompts is not None:
+        changes["prompts"] = {"own": list(wishes.prompts)}
+        changes["timed"] = max(len(wishes.prompts), 1)
+    if wishes.size is not None:
+        changes["sizes"] = ["x".join(map(str, wishes.size))]
+    for wish, key in (("steps", "steps"), ("guidance", "guidance"), ("runs", "timed")):
+        if (value := getattr(wishes, wish)) is not None:
+            changes[key] = value
+    if wishes.warmup is not None:
+        # A number means that number: no looking whether latency has settled.
+        changes |= {"warmup": wishes.warmup, "warm_tolerance": None, "max_warmup": 0}
+    return profile.model_copy(update=changes)
+
+
 def choose_parameters(profile: Profile, wishes: Wishes) -> Parameters:
-    """The workload, with defaults for what is None. Raises UsageError when it makes no sense."""
-    prompts = list(profile.prompts if wishes.prompts is None else wishes.prompts)
-    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts)) if wishes.seeds is None else wishes.seeds
-    width, height = wishes.size or profile.size
+    """The workload of an effective profile. Raises UsageError when it makes no sense."""
+    prompts = [prompt for group in profile.prompts.values() for prompt in group]
+    first = profile.first_seed
+    seeds = range(first, first + len(prompts)) if wishes.seeds is None else wishes.seeds
     parameters = Parameters(
         prompts=prompts,
-        strata=["all"] * len(prompts),
+        strata=[stratum for stratum, group in profile.prompts.items() for _ in group],
         seeds=list(seeds),
-        sizes=[f"{width}x{height}"],
-        steps=wishes.steps,
-        guidance=wishes.guidance,
-        warmup=wishes.warmup,
-        runs=len(prompts) if wishes.runs is None else wishes.runs,
+        sizes=profile.sizes,
+        steps=profile.steps,
+        guidance=profile.guidance,
+        warmup=profile.warmup,
+        warm_tolerance=profile.warm_tolerance,
+        max_warmup=profile.max_warmup,
+        runs=profile.timed,
         dtype=wishes.dtype,
         device=wishes.device,
     )
     for field, holds, rule in CHECKS:
         if not holds(parameters):
             raise UsageError(f"{field} {getattr(parameters, field)!r}: {rule}", param=field)
-    for prompt in prompts:
-        check_values(
-            ImageRequest(prompt, width, height, steps=wishes.steps, guidance=wishes.guidance)
-        )
+    for size in parameters.sizes:
+        for prompt in prompts:
+            check_values(
+                ImageRequest(
+                    prompt, *parse_size(size), steps=profile.steps, guidance=profile.guidance
+                )
+            )
+    _check_device(wishes.device)
     return parameters
 
 
-def recorded_command(model: str, policies: Sequence[str], wishes: Wishes, out: Path) -> list[str]:
+def _check_device(device: str | None) -> None:
+    """Raise UsageError for a device that no server could start on."""
+    if device is None:
+        return
+    if not (match := re.fullmatch(r"cpu|cuda(?::(\d+))?", device)):
+        raise UsageError(f"device {device!r}: expected cpu, cuda or cuda:N", param="device")
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if int(match[1] or 0) >= count:
+        raise UsageError(
+            f"device {device}: PyTorch sees {count} CUDA devices here",
+            param="device",
+            hint="zimage-fp8 doctor says why",
+        )
+
+
+def check_sizes(parameters: Parameters, folder: Path) -> None:
+    """Raise UsageError for a size that the model in `folder` cannot draw."""
+    config, _ = read_config(folder / "transformer")
+    limit = min(config.axes_lens[1:]) * VAE_FACTOR * PATCH
+    for size in parameters.sizes:
+        if max(parse_size(size)) > limit:
+            raise UsageError(f"size {size}: this model draws at most {limit} a side", param="size")
+
+
+class Slot(NamedTuple):
+    """One timed request: the prompt's index and the size."""
+
+    prompt: int
+    size: str
+
+
+def timed_slots(parameters: Parameters) -> list[Slot]:
+    """`runs` per size, spread evenly over the prompts, one size after the other."""
+    return [Slot(prompt, size) for size in parameters.sizes for prompt in _spread(parameters)]
+
+
+def _spread(parameters: Parameters) -> Iterator[int]:
+    count, runs = len(parameters.prompts), parameters.runs
+    for run in range(runs):
+        yield run % count if runs >= count else run * count // runs
+
+
+def picture_slots(parameters: Parameters, *, is_repeated: bool) -> list[Slot]:
+    """What is drawn once without being timed: everything, or what no timed request draws."""
+    every = [
+        Slot(prompt, size) for size in parameters.sizes for prompt in range(len(parameters.prompts))
+    ]
+    timed = set() if is_repeated else set(timed_slots(parameters))
+    return [slot for slot in every if slot not in timed]
+
+
+def recorded_command(
+    model: str, policies: Sequence[str], wishes: Wishes, out: Path, others: Sequence[str] = ()
+) -> list[str]:
     """The command that repeats a run, in names that mean the same on every machine.
 
     Only what differs from the defaults is in it. A user's own prompts appear as a file name; the
-    prompts themselves are in the record's parameters.
+    prompts themselves are in the record's parameters. others: options that are no wishes.
     """
     command = ["zimage-fp8", "bench", display_name(model)]
+    command += ["--profile", travelling_name(wishes.profile)] if wishes.profile else []
     command += [word for asked in policies for word in ("--policies", travelling_name(asked))]
     command += ["--out", out.resolve().name]
     command += ["--prompts", "prompts.txt"] if wishes.prompts is not None else []
@@ -129,4 +210,4 @@ def recorded_command(model: str, policies: Sequence[str], wishes: Wishes, out: P
         value = getattr(wishes, field)
         if value != getattr(Wishes(), field):
             command += [f"--{field}", str(value)]
-    return command
+    return [*command, *others]

@@ -6,9 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from zimage_fp8.bench.facts import CheckpointFacts, read_facts
-from zimage_fp8.bench.grid import draw_grid, grid_name
+from zimage_fp8.bench.grid import draw_grid, grid_name, grid_prompts
 from zimage_fp8.bench.record import REFERENCE, Record, VariantRecord, read_record
-from zimage_fp8.card.readme import Card, render_card
+from zimage_fp8.bench.summary import first_pictures
+from zimage_fp8.card.family import OWN_ENGINE, Card
+from zimage_fp8.card.readme import render_card
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.quant.policy import STATIC_POLICIES
 
@@ -35,18 +37,20 @@ def write_cards(checkpoints: Path, record: Path, *, namespace: str = "your-name"
 def plan_cards(checkpoints: Path, record: Record, namespace: str) -> list[Card]:
     """One card per checkpoint found, each checked against the record."""
     found = _find_checkpoints(checkpoints)
-    measured = {v.policy: v for v in record.variants if v.policy != REFERENCE}
+    measured = dict.fromkeys(v.policy for v in record.variants if v.policy != REFERENCE)
     for facts in found.values():
         if facts.policy not in measured:
             raise ZImageError(
                 f"the record has no row for {facts.policy}, only {', '.join(measured)}",
                 hint="run zimage-fp8 bench with this policy",
             )
-        _refuse_another(facts, record.model, measured[facts.policy])
     own = [facts.policy for facts in found.values()]
     family = [policy for policy in STATIC_POLICIES if policy in {*own, *measured}]
     family += [policy for policy in own if policy not in family]
-    return [Card(folder, facts, record, family, namespace) for folder, facts in found.items()]
+    cards = [Card(folder, facts, record, family, namespace) for folder, facts in found.items()]
+    for card in cards:
+        _refuse_another(card.facts, record.model, card.variant)
+    return cards
 
 
 def _refuse_another(facts: CheckpointFacts, model: str, measured: VariantRecord) -> None:
@@ -55,6 +59,8 @@ def _refuse_another(facts: CheckpointFacts, model: str, measured: VariantRecord)
         raise ZImageError(
             f"{facts.policy} is made from {facts.base_model}, the record is of {model}"
         )
+    if measured.engine != OWN_ENGINE:
+        return  # other servers do not tell which checkpoint they serve
     if facts.calibration_digest != (digest := measured.server.get("calibration")):
         raise ZImageError(
             f"{facts.policy} has the calibration {facts.calibration_digest}, but {digest} was "
@@ -88,7 +94,7 @@ def _place(policy: str) -> tuple[int, str]:
 def read_grids(record: Record, folder: Path) -> dict[str, bytes]:
     """file name -> comparison picture: the ones beside the record, drawn where there are none."""
     grids = {}
-    for prompt in range(len(record.parameters.prompts)):
+    for prompt in grid_prompts(record):
         name = grid_name(prompt)
         is_there = (folder / name).is_file()
         grids[name] = _read(folder / name) if is_there else _drawn(record, prompt, folder)
@@ -103,9 +109,11 @@ def _drawn(record: Record, prompt: int, folder: Path) -> bytes:
 
 def read_pictures(card: Card, folder: Path) -> dict[str, bytes]:
     """file name -> this variant's first picture of each prompt."""
-    variant = next(v for v in card.record.variants if v.policy == card.policy)
-    first = {request.prompt: request.picture for request in reversed(variant.requests)}
-    return {f"prompt{prompt}.png": _read(folder / path) for prompt, path in first.items()}
+    first, size = first_pictures(card.variant), card.record.parameters.size
+    return {
+        f"prompt{prompt}.png": _read(folder / first[prompt, size].picture)
+        for prompt in grid_prompts(card.record)
+    }
 
 
 def _read(path: Path) -> bytes:

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported
 
-from zimage_fp8.card.readme import Card
+from zimage_fp8.card.family import Card
 from zimage_fp8.errors import UsageError, ZImageError
 
 HIDDEN = (".*", "*/.*")  # fnmatch: * goes across slashes

@@ -1,80 +1,39 @@
 """The README.md of one checkpoint, as text: every number is the record's.
 
 A card has the sections of the seed card, in its order: what this variant quantizes, the best
-choice, this variant's numbers, quick start, the table, pictures, parameters, family, licence.
+choice, this variant's numbers, quick start, the tables of both passes, pictures, parameters,
+family, licence. And what that card leaves out: intervals, what ran, how it was calibrated.
 """
 
 import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-from huggingface_hub import EvalResult, ModelCardData
+from pydantic import JsonValue
 
-from zimage_fp8.bench.facts import CheckpointFacts
-from zimage_fp8.bench.grid import grid_name
-from zimage_fp8.bench.record import MEMORY_METHODS, REFERENCE, Record
-from zimage_fp8.bench.report import hardware, notes, parameter_table
-from zimage_fp8.bench.table import Row, marked_table, psnr_text, rows
+from zimage_fp8.bench.details import latency_table, quality_table, rival_of, warnings_of
+from zimage_fp8.bench.grid import HEAT_RULE, grid_name, grid_prompts
+from zimage_fp8.bench.notes import attention_text, hardware, notes, parameter_table
+from zimage_fp8.bench.record import MEMORY_METHODS, Pass, Record
+from zimage_fp8.bench.table import BEST, HERE, Row, main_table, psnr_text, rows
+from zimage_fp8.card.family import ORIGINS, Card, workload
+from zimage_fp8.card.metadata import metadata
 
-UPSTREAM = "Tongyi-MAI/Z-Image-Turbo"
-EMBEDDED = "nano"
 PORT = 18002
-
-
-@dataclass(frozen=True)
-class Card:
-    """Everything one README is made of. `folder` is the checkpoint that it is written into."""
-
-    folder: Path
-    facts: CheckpointFacts
-    record: Record
-    family: Sequence[str]
-    namespace: str
-
-    @property
-    def policy(self) -> str:
-        return self.facts.policy
-
-    @property
-    def readme(self) -> Path:
-        return self.folder / "README.md"
-
-    @property
-    def row(self) -> Row:
-        return next(row for row in rows(self.record) if row.policy == self.policy)
-
-    @property
-    def name(self) -> str:
-        return self.repository.rpartition("/")[2]
-
-    @property
-    def repository(self) -> str:
-        return self.repository_of(self.policy)
-
-    def repository_of(self, policy: str) -> str:
-        """`full[0-14]` is a policy, but the Hub allows no brackets."""
-        base, suffix = self.record.model.rpartition("/")[2], re.sub(r"[^\w.]+", "-", policy)
-        return f"{self.namespace}/{base}-FP8-{suffix.strip('-')}"
-
-    @property
-    def base_model(self) -> str:
-        """As measured; only the embedded model has no home on the Hub but the namespace."""
-        is_embedded = self.record.model == EMBEDDED
-        return f"{self.namespace}/{EMBEDDED}" if is_embedded else self.record.model
 
 
 def render_card(card: Card) -> str:
     """README.md: Hub metadata, then the sections."""
+    record = card.record
     sections = [
         f"---\n{metadata(card).to_yaml()}\n---",
         f"# {card.name}",
         _introduction(card),
         "## Quick start\n\n" + _quick_start(card),
-        f"## Benchmark: every policy at {_workload(card.record)}\n\n" + _benchmark(card),
+        f"## Benchmark: every policy at {workload(record)}\n\n" + _benchmark(card),
+        "## How sure\n\n" + _certainty(record, record.passes[0]),
         "## Image comparisons\n\n" + _comparisons(card),
-        "## Benchmark parameters\n\n" + parameter_table(card.record),
+        "## Benchmark parameters\n\n" + _left(parameter_table(record).markdown()),
+        "## What ran\n\n" + _what_ran(card),
         "## Calibration\n\n" + _calibration(card),
         f"## The repositories of this family: {len(card.family)}\n\n" + _family(card),
         "## License and attribution\n\n" + _attribution(card),
@@ -82,86 +41,57 @@ def render_card(card: Card) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def metadata(card: Card) -> ModelCardData:
-    """The Hub's YAML. `base_model_relation` puts the card under Quantizations in the model tree."""
-    return ModelCardData(
-        base_model=card.base_model,
-        base_model_relation="quantized",
-        license="apache-2.0" if card.record.model in ORIGINS else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        language=["en"] if card.record.is_test_model else ["en", "zh"],
-        tags=["fp8", "e4m3", "quantized", "modelopt", "z-image", "zimage-fp8", "vllm-omni"],
-        inference=False,
-        widget=[
-            {"text": prompt, "output": {"url": f"images/prompt{index}.png"}}
-            for index, prompt in enumerate(card.record.parameters.prompts)
-        ],
-        model_name=card.name,
-        eval_results=_results(card),
-    )
-
-
-def _results(card: Card) -> list[EvalResult]:
-    """PSNR and SSIM for the Hub's model-index; identical pictures have no finite PSNR to state."""
-    row = card.row
-    scope = f", mean of the {row.num_pictures - row.num_identical} pictures that differ"
-    values = {
-        ("psnr", "PSNR vs BF16 (dB)" + (scope if row.num_identical else "")): row.psnr_db,
-        ("ssim", "SSIM vs BF16"): row.ssim,
-    }
-    prompts = len(card.record.parameters.prompts)
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type="bf16-reference",
-            dataset_name=f"{prompts} prompts at {_workload(card.record)}, against BF16",
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(value, 4),
-        )
-        for (metric, name), value in values.items()
-        if value is not None and value != float("inf")
-    ]
-
-
-def _workload(record: Record) -> str:
-    parameters = record.parameters
-    size = f"{parameters.width}×{parameters.height}"
-    return f"{parameters.steps} steps, {size}, on {hardware(record)}"
+def _left(table: str) -> str:
+    """A table of sentences reads from the left."""
+    return table.replace("--:", "---")
 
 
 def _introduction(card: Card) -> str:
     record, row = card.record, card.row
-    reference, best = rows(record)[0], next(r for r in rows(record) if r.is_best)
+    found = rows(record)
+    best = next(r for r in found if r.is_best)
     paragraphs = [
         f"{row.summary} {_format(card)} Quantized layers: {_quantized_layers(card)}.",
-        f"**Best overall choice in this benchmark: `{best.policy}`** ({_numbers(record, best)}). "
+        f"**Best overall choice in this benchmark: `{best.name}`** ({_numbers(record, best)}). "
         + _how_to_get(best.policy, card),
-        f"**This variant (`{row.policy}`)**: {_numbers(record, row)}; image quality "
-        f"PSNR {psnr_text(row, ' dB')} / SSIM {row.ssim:.4f} against the BF16 reference at "
-        f"identical (prompt, seed). BF16 itself: {reference.latency_s:.3f} s/image, "
-        f"{reference.memory_gib:.2f} GiB.",
-        f"It is one of {len(card.family)} FP8 policies of {card.base_model}. {_in_common(card)}",
+        _this_variant(card, next((r for r in found if r.is_reference), None)),
+        f"It is one of {len(card.family)} 8-bit policies of {card.base_model}, for zimage-fp8 and "
+        f"vLLM-Omni. {_in_common(card)}",
+        f"In the tables below, {BEST} marks the best overall choice (here `{best.name}`) and "
+        f"{HERE} the row of this repository.",
     ]
     if record.is_test_model:
         paragraphs.insert(0, TOY_WARNING.format(model=record.model))
     return "\n\n".join(paragraphs)
 
 
-WEIGHT_FORMAT = {
-    "per-tensor": "Weights are E4M3 with one scale per matrix.",
-    "per-channel": "Weights are E4M3 with one scale per output row.",
-}
-ACTIVATION_FORMAT = {
-    "static-per-tensor": "Activations are E4M3 with one static scale per layer, from calibration.",
-    "dynamic-per-token": "Activations are E4M3 with one scale per token, computed at run time.",
+def _this_variant(card: Card, reference: Row | None) -> str:
+    record, row = card.record, card.row
+    quality = f"Pictures were not compared: {record.no_quality}."
+    if row.psnr_db is not None:
+        quality = (
+            f"Image quality: PSNR {psnr_text(row, ' dB')} / SSIM {row.ssim:.4f} against the "
+            "BF16 reference at identical (prompt, seed)."
+        )
+    base = f" BF16 itself: {_numbers(record, reference)}." if reference else ""
+    return f"**This variant (`{row.policy}`)**: {_numbers(record, row)}. {quality}{base}"
+
+
+FORMATS = {"e4m3": "E4M3", "int8": "INT8"}
+WEIGHT_SCALES = {"per-tensor": "one scale per matrix", "per-channel": "one scale per output row"}
+ACTIVATION_SCALES = {
+    "static-per-tensor": "one static scale per layer, from calibration",
+    "dynamic-per-token": "one scale per token, computed at run time",
 }
 
 
 def _format(card: Card) -> str:
     spec = card.facts.spec
-    return f"{WEIGHT_FORMAT[spec.weight]} {ACTIVATION_FORMAT[spec.activation]}"
+    name = FORMATS[spec.format]
+    return (
+        f"Weights are {name} with {WEIGHT_SCALES[spec.weight]}. "
+        f"Activations are {name} with {ACTIVATION_SCALES[spec.activation]}."
+    )
 
 
 def _in_common(card: Card) -> str:
@@ -190,27 +120,40 @@ TOY_WARNING = (
 
 def _numbers(record: Record, row: Row) -> str:
     """Latency and memory of a row; the changes are left out where the row is their base."""
-    latency = f"{row.latency_s:.3f} s/image"
-    memory = f"{row.memory_gib:.2f} GiB {MEMORY_METHODS[record.memory_method].short}"
-    if row.policy == REFERENCE:
+    latency, memory = f"{row.latency_s:.3f} s/image", "memory not measured"
+    method = record.passes[0].memory_method
+    if row.memory_gib is not None and method:
+        memory = f"{row.memory_gib:.2f} GiB {MEMORY_METHODS[method].short}"
+    if row.is_reference:
         return f"{latency}, {memory}"
-    return (
-        f"{latency}, {row.latency_change:+z.1%} vs BF16; {memory}, "
-        f"{abs(row.memory_saving):.1%} {'less' if row.memory_saving >= 0 else 'more'} than BF16"
-    )
+    if row.latency_change is not None:
+        latency += f", {row.latency_change:+z.1%} vs BF16"
+    if row.memory_saving is not None:
+        less = "less" if row.memory_saving >= 0 else "more"
+        memory += f", {abs(row.memory_saving):.1%} {less} than BF16"
+    return f"{latency}; {memory}"
 
 
 def _how_to_get(policy: str, card: Card) -> str:
     if policy in card.family:
         return "The repositories of the family are listed below."
-    command = f"zimage-fp8 serve {card.record.model} --policy {policy}"
-    return f"It needs no separate download: `{command}`."
+    model = card.record.model
+    if policy != "online_fp8":
+        return f"It needs no separate download: `zimage-fp8 serve {model} --policy {policy}`."
+    flag = """--quantization-config '{"method":"fp8"}'"""
+    return (
+        f"It runs straight from {model} with `{flag}`, no separate download. A checkpoint like "
+        "this one is for when the scales should be static: calibrated offline, frozen on disk, "
+        "the same everywhere."
+    )
 
 
 def _quick_start(card: Card) -> str:
     parameters = card.record.parameters
+    is_vllm_measured = any(v.engine == "vllm-omni" for v in card.record.variants)
     return QUICK_START.format(
         repository=card.repository,
+        vllm="" if is_vllm_measured else "; the benchmark below did not run vLLM-Omni",
         port=PORT,
         prompt=_in_single_quotes(json.dumps(parameters.prompts[0], ensure_ascii=False)),
         size=parameters.size,
@@ -232,7 +175,7 @@ zimage-fp8 serve {repository} --port {port}
 
 Or with vLLM-Omni 0.26 or newer, which finds the quantization in `transformer/config.json` by
 itself (0.20 took it as `--quantization-config`, since 0.22 the option is
-`--diffusion-quantization-config`; the benchmark below did not run vLLM-Omni):
+`--diffusion-quantization-config`{vllm}):
 
 ```bash
 docker run --rm --gpus all --ipc=host \\
@@ -243,11 +186,13 @@ docker run --rm --gpus all --ipc=host \\
   your-vllm-omni:0.26 \\
     vllm-omni serve {repository} \\
     --omni --host 0.0.0.0 --port 8002 \\
+    --gpu-memory-utilization 0.90 \\
     --tensor-parallel-size 1
 ```
 
 Then call the OpenAI-style image API. With vLLM-Omni always send `num_inference_steps` and
-`guidance_scale`: left out they become 50 and 1.0, which is guidance on and twice the work.
+`guidance_scale`: left out they become 50 and 1.0, which is guidance on and twice the work. Releases
+0.20 to 0.24 take 0.0 for "not given" and run guidance all the same.
 
 ```bash
 curl -s http://127.0.0.1:{port}/v1/images/generations \\
@@ -265,20 +210,80 @@ curl -s http://127.0.0.1:{port}/v1/images/generations \\
 
 
 def _benchmark(card: Card) -> str:
-    legend = "👈 marks this repository."
-    listed = "\n".join(f"- {note}" for note in (legend, *notes(card.record)))
-    return f"{marked_table(card.record, here=card.policy)}\n\n{listed}"
+    record = card.record
+    parts = [
+        "Same machine, same (prompt, seed) pairs, same versions, each variant in a fresh server "
+        "process."
+    ]
+    for one in record.passes:
+        parts += [f"### {_pass_title(one)}"]
+        parts += [main_table(record, one, here=card.variant.name).markdown()]
+        if one is record.passes[0]:
+            parts += ["\n".join(f"- {note}" for note in notes(record))]
+    if warnings := list(warnings_of(record)):
+        parts += ["### To know before believing", "\n".join(f"- {text}" for text in warnings)]
+    return "\n\n".join(parts)
+
+
+def _pass_title(one: Pass) -> str:
+    ran = attention_text(one.model_copy(update={"attention": None}))
+    if one.attention is None:
+        return f"Pass {one.name}: attention of the server's own choice, {ran}"
+    return f"Pass {one.name}: `DIFFUSION_ATTENTION_BACKEND={one.attention}`, {ran}"
+
+
+def _certainty(record: Record, one: Pass) -> str:
+    """Intervals and verdicts of the main pass."""
+    parts = [
+        "95 % intervals by bootstrap. A change whose interval holds zero is `not distinguishable`.",
+        latency_table(one, record.parameters.size).markdown(),
+    ]
+    quality, rival = quality_table(record, one), rival_of(one)
+    if quality and rival:
+        parts += [
+            f"Quality against BF16, and against `{rival.name}` picture by picture. Means come with "
+            "their interval over prompts; p10 is the worst tenth.",
+            quality.markdown(),
+        ]
+    return "\n\n".join(parts)
 
 
 def _comparisons(card: Card) -> str:
-    prompts = card.record.parameters.prompts
     shown = [
-        f"**Prompt {index}**: {prompt}\n\n"
-        f"[![comparison {index}](images/{grid_name(index)})](images/{grid_name(index)})"
-        for index, prompt in enumerate(prompts)
+        f"**Prompt {prompt}**: {card.record.parameters.prompts[prompt]}\n\n"
+        f"[![comparison {prompt}](images/{grid_name(prompt)})](images/{grid_name(prompt)})"
+        for prompt in grid_prompts(card.record)
     ]
-    lead = f"The same {len(prompts)} prompts drawn by every variant from identical seeds."
+    lead = (
+        f"The same {len(shown)} prompts drawn by every variant from identical seeds. Click for "
+        f"full resolution. {HEAT_RULE}"
+    )
     return "\n\n".join([lead, *shown])
+
+
+# What a server says of itself that the card says elsewhere, or better.
+ELSEWHERE = {"model", "policy", "versions", "commit", "calibration", "dtype"}
+
+
+def _what_ran(card: Card) -> str:
+    """Kernels, attention and whatever else the measured server said of itself."""
+    told = list(_flat({k: v for k, v in card.variant.server.items() if k not in ELSEWHERE}))
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in card.variant.sigmas)
+    told += [f"sigmas: {sigmas}"] if sigmas else []
+    if not told:
+        return "The server that was measured tells nothing about itself."
+    return "As the server told while this variant was measured:\n\n" + "\n".join(
+        f"- {line}" for line in told
+    )
+
+
+def _flat(facts: dict[str, JsonValue], prefix: str = "") -> Iterator[str]:
+    for key, value in facts.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}, ")
+        elif value is not None:
+            yield f"{name}: {value}"
 
 
 def _calibration(card: Card) -> str:
@@ -295,10 +300,18 @@ def _calibration(card: Card) -> str:
 
 
 def _family(card: Card) -> str:
-    return "\n".join(
-        f"- `{card.repository_of(policy)}`" + (" ← you are here" if policy == card.policy else "")
-        for policy in card.family
-    )
+    def line(name: str) -> str:
+        here = " ← you are here" if name == card.repository else ""
+        return f"- [{name}](https://huggingface.co/{name}){here}"
+
+    return "\n".join(line(card.repository_of(policy)) for policy in card.family)
+
+
+def _calibrated(card: Card) -> str:
+    calibration = card.facts.calibration
+    if calibration is None:
+        return ""
+    return f", {calibration.prompts} calibration prompts × {calibration.forwards} denoise forwards"
 
 
 def _attribution(card: Card) -> str:
@@ -308,16 +321,8 @@ def _attribution(card: Card) -> str:
         for line in (
             ORIGINS.get(record.model, f"The licence is that of {card.base_model}."),
             f"Quantization: zimage-fp8 {facts.version}, in NVIDIA ModelOpt's format "
-            f"{facts.algorithm}.",
+            f"{facts.algorithm}{_calibrated(card)}.",
             f"Serving and measurement: zimage-fp8 {record.versions.get('zimage-fp8')}.",
             f"Benchmarked on {hardware(record)}, {record.created[:10]}.",
         )
     )
-
-
-# Models whose licence this program knows: Apache 2.0, both of them.
-ORIGINS = {
-    UPSTREAM: f"Apache 2.0, inherited from upstream {UPSTREAM}.",
-    EMBEDDED: "Apache 2.0. Trained on Fluent Emoji 3D pictures (Microsoft, MIT) with labels from "
-    "emojibase-data (MIT).",
-}

@@ -1,4 +1,5 @@
-"""Formats on disk <-> plans. One dialect so far: ModelOpt FP8 as vLLM-Omni reads it.
+"""Formats on disk <-> plans: ModelOpt FP8 as vLLM-Omni reads it where it can say what the plan
+does, our own format (`own_format`) for the rest. In ModelOpt's,
 
 `transformer/config.json` carries, in the flat form whose key is `ignore`,
 
@@ -17,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from zimage_fp8.checkpoint.own_format import METHOD as OWN_METHOD
+from zimage_fp8.checkpoint.own_format import own_config, read_own_plan
 from zimage_fp8.checkpoint.shards import DTYPE_NAMES, TensorInfo
 from zimage_fp8.errors import ModelError, UsageError
 from zimage_fp8.layout import Shape, fused_name
-from zimage_fp8.numerics import DTYPE, E4M3_ROW, E4M3_STATIC, QuantSpec
+from zimage_fp8.numerics import DTYPE, E4M3_DYNAMIC, E4M3_ROW, E4M3_STATIC, QuantSpec
 from zimage_fp8.quant.policy import Plan, PlanEntry
 
 CONFIG_KEY = "quantization_config"
@@ -50,7 +53,10 @@ class StoredQuantization:
 
 
 def algorithm_of(plan: Plan) -> str:
-    """The ModelOpt algorithm a plan can be stored as. Raises UsageError when there is none."""
+    """What a plan is stored as: a ModelOpt algorithm, or our own format.
+
+    Raises UsageError for a plan that needs no checkpoint.
+    """
     specs = {plan.spec(layer) for layer in plan.quantized}
     for name, spec in ALGORITHMS.items():
         if specs == {spec}:
@@ -60,32 +66,34 @@ def algorithm_of(plan: Plan) -> str:
             f"policy {plan.policy!r} quantizes nothing, so there is no checkpoint to write",
             param="policy",
         )
-    hint = "quantize with e4m3-static or e4m3-row only" if len(specs) > 1 else None
-    if all(spec and not spec.is_static for spec in specs) and len(specs) == 1:
-        hint = f"it needs no checkpoint: serve the BF16 model with --policy {plan.policy}"
-    raise UsageError(
-        f"policy {plan.policy!r} cannot be stored: a ModelOpt checkpoint states one algorithm, "
-        f"{' or '.join(ALGORITHMS)}",
-        param="policy",
-        hint=hint,
-    )
+    if specs == {E4M3_DYNAMIC}:
+        raise UsageError(
+            f"policy {plan.policy!r} needs no checkpoint: it is quantized while loading",
+            param="policy",
+            hint=f"serve the BF16 model with --policy {plan.policy}",
+        )
+    return OWN_METHOD
 
 
 def write_config(
-    plan: Plan, base: Mapping[str, object], facts: Mapping[str, object]
+    plan: Plan,
+    base: Mapping[str, object],
+    facts: Mapping[str, object],
+    linears: Mapping[str, Shape],
 ) -> dict[str, object]:
-    """The transformer's config.json for a quantized checkpoint."""
+    """The transformer's config.json for a quantized checkpoint; linears: name -> [out, in]."""
     clean = {k: v for k, v in base.items() if k not in ("_name_or_path", CONFIG_KEY)}
-    return {
-        **clean,
-        CONFIG_KEY: {
+    algorithm = algorithm_of(plan)
+    if algorithm == OWN_METHOD:
+        stated = own_config(plan, linears)
+    else:
+        stated = {
             "quant_method": "modelopt",
-            "quant_algo": algorithm_of(plan),
+            "quant_algo": algorithm,
             "producer": {"name": "modelopt", "version": f"zimage-fp8 {facts['version']}"},
             "ignore": ignore_list(plan),
-            OWN_KEY: {"policy": plan.policy, **facts},
-        },
-    }
+        }
+    return {**clean, CONFIG_KEY: {**stated, OWN_KEY: {"policy": plan.policy, **facts}}}
 
 
 def ignore_list(plan: Plan) -> list[str]:
@@ -117,10 +125,13 @@ def _widest(name: str, quantized: set[str]) -> str:
     return f"{name}*"
 
 
-def read_stored(raw: Mapping[str, object], linears: Sequence[str]) -> StoredQuantization | None:
+def read_stored(
+    raw: Mapping[str, object], linears: Mapping[str, Shape]
+) -> StoredQuantization | None:
     """What a checkpoint's config says, or None when it is not quantized.
 
-    Raises ModelError for methods and algorithms this program does not read.
+    linears: the model's, name -> [out, in]. Raises ModelError for methods and algorithms this
+    program does not read.
     """
     config = raw.get(CONFIG_KEY)
     if config is None:
@@ -128,12 +139,14 @@ def read_stored(raw: Mapping[str, object], linears: Sequence[str]) -> StoredQuan
     if not isinstance(config, dict):
         raise ModelError(f"{CONFIG_KEY} is {type(config).__name__}, expected an object")
     flat = _flatten(config)
+    facts = flat.get(OWN_KEY, {})
+    facts = facts if isinstance(facts, dict) else {}
+    if flat.get("quant_method") == OWN_METHOD:
+        return StoredQuantization(read_own_plan(config, linears), facts)
     spec = _spec(flat)
     ignore = flat.get("ignore", [])
     if not isinstance(ignore, list):
         raise ModelError(f"{CONFIG_KEY}.ignore is not a list")
-    facts = flat.get(OWN_KEY, {})
-    facts = facts if isinstance(facts, dict) else {}
     entries = {
         layer: PlanEntry(None, "named in the checkpoint's ignore list")
         if is_ignored(layer, ignore)
@@ -158,7 +171,8 @@ def _spec(flat: Mapping[str, object]) -> QuantSpec:
     if method != "modelopt" or algorithm not in ALGORITHMS:
         raise ModelError(
             f"quant_method {method!r} with quant_algo {flat.get('quant_algo')!r} is not a format "
-            f"this program reads; expected 'modelopt' with one of {', '.join(ALGORITHMS)}"
+            f"this program reads; expected 'modelopt' with one of {', '.join(ALGORITHMS)}, "
+            f"or {OWN_METHOD!r}"
         )
     return ALGORITHMS[algorithm]
 

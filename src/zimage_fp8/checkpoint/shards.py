@@ -117,12 +117,15 @@ class ShardReader:
         if device.type == "cpu":
             view: Tensor = self._open[self.shard_of[name]].get_tensor(name)
             return view
-        info, shard = self.infos[name], self.shard_of[name]
+        info = self.infos[name]
         tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=device)
-        self._fill(tensor, name, shard)
+        self.read_into(name, tensor)
         return tensor
 
-    def _fill(self, tensor: Tensor, name: str, shard: str) -> None:
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Overwrite a contiguous tensor of the stored shape and dtype, on any device, by way of
+        `staging`. Raises CheckpointError when the file cannot be read to the tensor's end."""
+        shard = self.shard_of[name]
         if shard not in self._places:
             file = os.open(self.folder / shard, os.O_RDONLY)
             self._stack.callback(os.close, file)

@@ -7,7 +7,7 @@ it is full; a chunk is filled again when its copy is done.
 
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
         self._buffer = torch.empty(CHUNKS, CHUNK_BYTES, dtype=torch.uint8, pin_memory=is_cuda)
-        self._copied = [torch.cuda.Event() for _ in range(CHUNKS)] if is_cuda else None
+        self._copied = [_event() for _ in range(CHUNKS)] if is_cuda else None
         self._next = 0
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="staging")
 
@@ -37,15 +37,19 @@ class Staging:
         Raises OSError when the file ends early or cannot be read.
         """
         pending: deque[tuple[Future[None], int, Tensor]] = deque()
-        for start in range(0, len(target), CHUNK_BYTES):
-            if len(pending) == CHUNKS:
+        try:
+            for start in range(0, len(target), CHUNK_BYTES):
+                if len(pending) == CHUNKS:
+                    self._send(*pending.popleft())
+                part = target[start : start + CHUNK_BYTES]
+                slot, self._next = self._next, (self._next + 1) % CHUNKS
+                read = self._pool.submit(self._fill, slot, file, offset + start, len(part))
+                pending.append((read, slot, part))
+            while pending:
                 self._send(*pending.popleft())
-            part = target[start : start + CHUNK_BYTES]
-            slot, self._next = self._next, (self._next + 1) % CHUNKS
-            read = self._pool.submit(self._fill, slot, file, offset + start, len(part))
-            pending.append((read, slot, part))
-        while pending:
-            self._send(*pending.popleft())
+        finally:
+            # After an error no thread may still write where the next copy will.
+            wait([read for read, *_ in pending])
 
     def _fill(self, slot: int, file: int, offset: int, size: int) -> None:
         if self._copied:
@@ -63,3 +67,7 @@ class Staging:
         part.copy_(self._buffer[slot, : len(part)], non_blocking=True)
         if self._copied:
             self._copied[slot].record(torch.cuda.current_stream(part.device))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -12,20 +12,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from zimage_fp8.checkpoint.against import check_against, check_input_scales
 from zimage_fp8.checkpoint.dialects import (
     CONFIG_KEY,
     OWN_KEY,
-    StoredQuantization,
     is_ignored,
     read_stored,
     stored_infos,
     tensor_problems,
 )
+from zimage_fp8.checkpoint.findings import Finding, OpenCheckpoint
+from zimage_fp8.checkpoint.own_format import METHOD as OWN_METHOD
 from zimage_fp8.checkpoint.shards import ShardReader, scale_problems
-from zimage_fp8.checkpoint.writer import CALIBRATION_FILE, WeightScales
+from zimage_fp8.checkpoint.writer import CALIBRATION_FILE
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import (
     COMPONENTS,
@@ -35,13 +36,11 @@ from zimage_fp8.layout import (
     read_config,
     tensor_shapes,
 )
-from zimage_fp8.numerics import QMAX, QuantSpec
+from zimage_fp8.numerics import QuantSpec
 from zimage_fp8.quant.calibrate import read_calibration
-from zimage_fp8.quant.linear import quantize_weight
 from zimage_fp8.quant.policy import (
     GEMM_MULTIPLE,
     PRESETS,
-    Plan,
     Policy,
     Rule,
     find_policy,
@@ -56,15 +55,6 @@ OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing wrong. An error corrupts pictures somewhere; a warning costs quality or time."""
-
-    level: Literal["error", "warning"]
-    where: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Verification:
     folder: str
     policy: str
@@ -74,19 +64,6 @@ class Verification:
     @property
     def is_sound(self) -> bool:
         return not any(finding.level == "error" for finding in self.findings)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    folder: Path
-    reader: ShardReader
-    stored: StoredQuantization
-    config: Mapping[str, object]
-    linears: Mapping[str, tuple[int, ...]]
-
-    @property
-    def plan(self) -> Plan:
-        return self.stored.plan
 
 
 def verify(
@@ -100,11 +77,11 @@ def verify(
     transformer = folder / "transformer"
     config, raw = read_config(transformer)
     linears, shapes = linear_shapes(config), tensor_shapes(config)
-    stored = read_stored(raw, list(linears))
+    stored = read_stored(raw, linears)
     if stored is None:
         raise UsageError(f"{folder} is not quantized: transformer/config.json has no {CONFIG_KEY}")
     with ShardReader(transformer) as reader:
-        checkpoint = _Checkpoint(folder, reader, stored, raw, linears)
+        checkpoint = OpenCheckpoint(folder, reader, stored, raw, linears)
         findings = [
             *_check_folder(checkpoint),
             *_check_config(checkpoint),
@@ -114,13 +91,13 @@ def verify(
         findings += [Finding("error", "tensors", problem) for problem in problems]
         findings += _check_numbers(checkpoint, on_layer)
         if against is not None and not problems:
-            findings += _check_against(checkpoint, against)
+            findings += check_against(checkpoint, against)
     return Verification(
         str(folder), stored.plan.policy, len(stored.plan.quantized), tuple(findings)
     )
 
 
-def _check_folder(checkpoint: _Checkpoint) -> Iterator[Finding]:
+def _check_folder(checkpoint: OpenCheckpoint) -> Iterator[Finding]:
     folder = checkpoint.folder
     if not (folder / "model_index.json").is_file():
         yield Finding("error", "model_index.json", "missing: no loader will find the pipeline")
@@ -140,7 +117,7 @@ def _check_folder(checkpoint: _Checkpoint) -> Iterator[Finding]:
         yield Finding("warning", "config.json", "_name_or_path tells where it was made; remove it")
 
 
-def _check_config(checkpoint: _Checkpoint) -> Iterator[Finding]:
+def _check_config(checkpoint: OpenCheckpoint) -> Iterator[Finding]:
     config = checkpoint.config[CONFIG_KEY]
     assert isinstance(config, dict)
     is_nested = isinstance(config.get("quantization"), dict)
@@ -150,6 +127,8 @@ def _check_config(checkpoint: _Checkpoint) -> Iterator[Finding]:
             "exclude_modules",
             "belongs to the nested form; in the flat one it is `ignore`, so nothing is excluded",
         )
+    if config.get("quant_method") == OWN_METHOD:
+        return  # nobody else reads it: there are no traps of other readers
     ignore = [
         str(p)
         for p in (config["quantization"] if is_nested else config).get(
@@ -176,7 +155,7 @@ def _check_config(checkpoint: _Checkpoint) -> Iterator[Finding]:
             )
 
 
-def _check_coverage(checkpoint: _Checkpoint) -> Iterator[Finding]:
+def _check_coverage(checkpoint: OpenCheckpoint) -> Iterator[Finding]:
     """The plan against the fused groups, the shapes, and the policy it claims to follow."""
     plan = checkpoint.plan
     for layer in plan.quantized:
@@ -197,7 +176,7 @@ def _check_coverage(checkpoint: _Checkpoint) -> Iterator[Finding]:
     yield from _check_policy(checkpoint)
 
 
-def _check_policy(checkpoint: _Checkpoint) -> Iterator[Finding]:
+def _check_policy(checkpoint: OpenCheckpoint) -> Iterator[Finding]:
     name = checkpoint.stored.facts.get("policy")
     if not isinstance(name, str):
         yield Finding("warning", OWN_KEY, "the checkpoint does not say which policy made it")
@@ -230,7 +209,7 @@ def _claimed_policy(name: str, facts: Mapping[str, object]) -> Policy:
     return Policy(name, str(facts.get("summary")), tuple(rules))
 
 
-def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Finding]:
+def _check_numbers(checkpoint: OpenCheckpoint, on_layer: OnLayer | None) -> list[Finding]:
     """Scales finite and positive, and shared where they must be; codes finite and not all zero."""
     scales = scale_problems(checkpoint.reader)
     findings = [Finding("error", name, problem) for name, problem in scales.items()]
@@ -245,8 +224,11 @@ def _check_numbers(checkpoint: _Checkpoint, on_layer: OnLayer | None) -> list[Fi
     return findings
 
 
-def _check_calibration(checkpoint: _Checkpoint) -> Iterator[Finding]:
-    """Every input scale against the calibration that travels with the checkpoint."""
+def _check_calibration(checkpoint: OpenCheckpoint) -> Iterator[Finding]:
+    """Every input scale against the calibration that travels with the checkpoint.
+
+    Where channel scales were folded, the source's weights are needed: `check_against` does it.
+    """
     path = checkpoint.folder / CALIBRATION_FILE
     if not path.is_file():
         return
@@ -258,17 +240,13 @@ def _check_calibration(checkpoint: _Checkpoint) -> Iterator[Finding]:
     if checkpoint.stored.facts.get("calibration_digest") != calibration.digest:
         yield Finding("error", CALIBRATION_FILE, "is not the one the checkpoint was made from")
         return
-    for layer in checkpoint.plan.quantized:
-        spec, name = checkpoint.plan.spec(layer), f"{layer}.input_scale"
-        if spec is None or not spec.is_static or name not in checkpoint.reader.infos:
-            continue
-        if not _equal(checkpoint.reader.read(name), calibration.input_scale(layer, spec)):
-            yield Finding("error", name, f"is not amax/{QMAX[spec.format]:g} of the calibration")
+    if not checkpoint.method.fold:
+        yield from check_input_scales(checkpoint, calibration, {})
 
 
-def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
+def _check_codes(checkpoint: OpenCheckpoint, layer: str) -> Iterator[Finding]:
     info = checkpoint.reader.infos.get(f"{layer}.weight")
-    if info is None or info.dtype != "F8_E4M3":
+    if info is None or info.dtype not in ("F8_E4M3", "I8"):
         return
     codes = checkpoint.reader.read(f"{layer}.weight").float()
     if bad := int(codes.isnan().sum()):
@@ -279,7 +257,7 @@ def _check_codes(checkpoint: _Checkpoint, layer: str) -> Iterator[Finding]:
         yield from _check_gain(checkpoint, layer, codes)
 
 
-def _check_gain(checkpoint: _Checkpoint, layer: str, codes: Tensor) -> Iterator[Finding]:
+def _check_gain(checkpoint: OpenCheckpoint, layer: str, codes: Tensor) -> Iterator[Finding]:
     """An inverted scale is finite and positive, but makes weights of absurd size."""
     name = f"{layer}.weight_scale"
     if name not in checkpoint.reader.infos or len(checkpoint.reader.infos[name].shape) > 1:
@@ -298,7 +276,7 @@ MUST_SHARE: tuple[tuple[str, Literal["error", "warning"], str], ...] = (
 )
 
 
-def _check_sharing(checkpoint: _Checkpoint, fused: str) -> Iterator[Finding]:
+def _check_sharing(checkpoint: OpenCheckpoint, fused: str) -> Iterator[Finding]:
     members, read = members_of(fused), checkpoint.reader.read
     if len(members) == 1:
         return
@@ -312,40 +290,3 @@ def _check_sharing(checkpoint: _Checkpoint, fused: str) -> Iterator[Finding]:
         if len({scale.item() for scale in scales}) > 1:
             shown = ", ".join(f"{scale.item():.6g}" for scale in scales)
             yield Finding(level, fused, f"{leaf} differs within the group ({shown}): {cost}")
-
-
-def _check_against(checkpoint: _Checkpoint, source: Path) -> Iterator[Finding]:
-    """Every scale and code recomputed from the BF16 weights, every kept tensor compared."""
-    reader, plan = checkpoint.reader, checkpoint.plan
-    with ShardReader(source / "transformer") as original:
-        scales = WeightScales(original)
-        shapes = {name: info.shape for name, info in original.infos.items()}
-        if any(info.shape != shapes.get(n, info.shape) for n, info in reader.infos.items()):
-            yield Finding("error", "tensors", f"{source.name} is a model of other shapes")
-            return
-        for name in reader.infos:
-            layer, _, leaf = name.rpartition(".")
-            spec = plan.spec(layer) if layer in plan.entries else None
-            if spec is None:
-                if name not in original.infos:
-                    yield Finding("error", name, f"is not in {source}")
-                elif not _equal(reader.read(name), original.read(name)):
-                    yield Finding("error", name, "is kept in BF16 but differs from the source")
-            elif leaf == "weight":
-                scale = reader.read(f"{layer}.weight_scale")
-                expected = scales.scale(layer, plan)
-                if not _equal(scale.reshape(expected.shape), expected):
-                    message = f"is not amax/{QMAX[spec.format]:g} of the source"
-                    yield Finding("error", f"{layer}.weight_scale", message)
-                elif not _equal(
-                    reader.read(name), quantize_weight(original.read(name), expected, spec)
-                ):
-                    yield Finding("error", name, "codes differ from the source quantized anew")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

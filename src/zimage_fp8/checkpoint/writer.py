@@ -18,11 +18,20 @@ from zimage_fp8.checkpoint.shards import (
     write_shard,
 )
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.layout import COMPONENTS, fused_name, members_of, read_config, tensor_shapes
+from zimage_fp8.layout import (
+    COMPONENTS,
+    fused_name,
+    linear_shapes,
+    members_of,
+    read_config,
+    tensor_shapes,
+)
 from zimage_fp8.quant.calibrate import Calibration, write_calibration
+from zimage_fp8.quant.fold import Factors, folded
 from zimage_fp8.quant.linear import quantize_weight, weight_amax, weight_scales
 from zimage_fp8.quant.policy import Plan
 
+NO_CODES: Mapping[str, Tensor] = {}
 CALIBRATION_FILE = "calibration.json"
 SHARD_STEM = "diffusion_pytorch_model"
 ROOT_FILES = ("model_index.json", "NOTICE", "calibration-prompts.txt")
@@ -33,10 +42,16 @@ OnTensor = Callable[[int, int], None]  # (bytes of source read, bytes of source 
 
 @dataclass
 class WeightScales:
-    """The weight scales of a model, measured once and shared by every policy of a run."""
+    """The weight scales of a model, its channel scales folded by `factors`: measured once, and
+    shared by every policy that folds alike."""
 
     reader: ShardReader
-    _amax: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    factors: Factors = field(default_factory=dict)
+    _amax: dict[tuple[str, str, bool], Tensor] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the unquantized model, folded, in its dtype on disk."""
+        return folded(name, self.reader.read(name), self.factors)
 
     def scale(self, layer: str, plan: Plan) -> Tensor:
         """The weight scale of one linear: shared within its fused group when per tensor."""
@@ -44,14 +59,15 @@ class WeightScales:
         if spec is None:
             raise ValueError(f"{layer} is kept in BF16")
         members = members_of(fused_name(layer))
-        for member in members:
-            if (member, spec.weight) not in self._amax:
-                weight = self.reader.read(f"{member}.weight")
+        keys = [(member, spec.weight, spec.rotate) for member in members]
+        for member, key in zip(members, keys, strict=True):
+            if key not in self._amax:
+                weight = self.read(f"{member}.weight")
                 found = weight_amax(weight, spec)
                 if not found.isfinite().all():
                     raise ZImageError(f"{member}.weight of the source holds NaN or infinity")
-                self._amax[member, spec.weight] = found
-        amaxes = [self._amax[member, spec.weight] for member in members]
+                self._amax[key] = found
+        amaxes = [self._amax[key] for key in keys]
         return weight_scales(amaxes, spec)[members.index(layer)]
 
 
@@ -63,10 +79,14 @@ def write_checkpoint(
     out: Path,
     scales: WeightScales,
     on_tensor: OnTensor | None = None,
+    *,
+    headroom: float = 1.0,
+    codes: Mapping[str, Tensor] = NO_CODES,
 ) -> None:
     """Write the pipeline folder `source`, its transformer quantized by `plan`, to `out`.
 
-    The other components are hard-linked or copied. Everything goes to a temporary folder beside
+    The other components are hard-linked or copied. headroom: of static input scales. codes: of
+    layers that are not to be rounded to nearest. Everything goes to a temporary folder beside
     `out` and is renamed when complete. The same input gives the same bytes.
     """
     with complete_or_nothing(out) as partial:
@@ -76,7 +96,7 @@ def write_checkpoint(
         _write_transformer(
             source / "transformer",
             partial / "transformer",
-            _Content(scales, plan, calibration),
+            _Content(scales, plan, calibration, headroom, codes),
             facts,
             on_tensor,
         )
@@ -107,20 +127,25 @@ class _Content:
     scales: WeightScales
     plan: Plan
     calibration: Calibration | None
+    headroom: float
+    codes: Mapping[str, Tensor]
 
     def produce(self, name: str) -> Tensor:
         layer, _, leaf = name.rpartition(".")
         entry = self.plan.entries.get(layer)
         if entry is None or entry.spec is None:
-            return self.scales.reader.read(name)
+            return self.scales.read(name)
+        if leaf == "weight" and layer in self.codes:
+            return self.codes[layer]
         if leaf == "weight":
-            weight = self.scales.reader.read(name)
+            weight = self.scales.read(name)
             return quantize_weight(weight, self.scales.scale(layer, self.plan), entry.spec)
         if leaf == "weight_scale":
             return self.scales.scale(layer, self.plan)
         if leaf == "input_scale" and self.calibration is not None:
-            return self.calibration.input_scale(layer, entry.spec)
-        return self.scales.reader.read(name)
+            factors = self.scales.factors
+            return self.calibration.input_scale(layer, entry.spec, factors, self.headroom)
+        return self.scales.read(name)
 
 
 def _write_transformer(
@@ -153,7 +178,7 @@ def _write_transformer(
         weight_map |= dict.fromkeys(shard, file)
     if len(reader.files) > 1:
         write_index(out, SHARD_STEM, weight_map, sum(info.num_bytes for info in infos.values()))
-    new_config = write_config(content.plan, raw, facts)
+    new_config = write_config(content.plan, raw, facts, linear_shapes(config))
     (out / "config.json").write_text(json.dumps(new_config, indent=2) + "\n")
 
 

@@ -18,13 +18,18 @@ from zimage_fp8.cli.doctor import doctor
 from zimage_fp8.cli.generate import generate, inspect
 from zimage_fp8.cli.options import app
 from zimage_fp8.cli.quantize import quantize, verify
+from zimage_fp8.cli.report import bench_compare, bench_report
+from zimage_fp8.cli.sensitivity import sensitivity
 from zimage_fp8.cli.serve import serve
 from zimage_fp8.errors import ZImageError
 
 __all__ = ["app", "main"]
 
-for verb in (quantize, verify, generate, inspect, serve, bench, card, doctor):  # as --help lists
+# as --help lists them
+for verb in (quantize, verify, sensitivity, generate, inspect, serve, bench, card, doctor):
     app.command()(verb)
+app.command("bench report")(bench_report)
+app.command("bench compare")(bench_compare)
 
 
 def _version(value: bool) -> None:

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from zimage_fp8.cli.options import Device, Dtype, Json, PolicyName, parse_size
+from zimage_fp8.cli.options import (
+    AttentionBackend,
+    Device,
+    Dtype,
+    EngineName,
+    Json,
+    Offload,
+    PolicyName,
+    TextEncoderPrecision,
+    parse_size,
+)
 from zimage_fp8.terminal import emit, progress
 
 
@@ -31,27 +41,40 @@ def generate(
     ] = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    engine: EngineName = "auto",
+    attention_backend: AttentionBackend = "auto",
+    text_encoder: TextEncoderPrecision = "bf16",
+    offload: Offload = "none",
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for where the time goes, by stage and kernel; printed too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw a picture.
 
     zimage-fp8 generate "a 3d icon of a red apple on a teal background" -o apple.png
     """
-    from zimage_fp8.generate import check_early
+    from zimage_fp8.engine import EngineOptions, load_pipeline
+    from zimage_fp8.generate import check_early, check_path, profile_to
     from zimage_fp8.generate import generate as draw
-    from zimage_fp8.model.loading import load_pipeline
     from zimage_fp8.model.pipeline import ImageRequest
     from zimage_fp8.quant.calibrate import read_calibration
+    from zimage_fp8.render import profile_text
 
     wanted = parse_size(size)
     width, height = wanted or (16, 16)  # the model's own size is known once it is loaded
     request = ImageRequest(prompt, width, height, negative_prompt, steps, guidance, seed)
     check_early(request, output, n)
+    if profile:
+        check_path(profile, ".json", "profile")
     known = read_calibration(calibration) if calibration else None
+    options = EngineOptions(engine, attention_backend, text_encoder, offload)
     with progress() as report:
         pipeline = load_pipeline(
             model,
             policy=policy,
+            options=options,
             calibration=known,
             dtype=dtype,
             device=device,
@@ -67,7 +90,10 @@ def generate(
             embed_metadata=embed_metadata,
             on_step=lambda picture, done, total: report(f"picture {picture + 1}", done, total),
         )
+        found = profile_to(profile, pipeline, request) if profile else None
     emit([str(path) for path in files] if as_json else "\n".join(map(str, files)), as_json)
+    if found and not as_json:
+        emit(profile_text(found), as_json)
 
 
 def inspect(

@@ -3,9 +3,23 @@
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+from zimage_fp8.errors import UsageError
+
+
+class Verbs(TyperGroup):
+    """Commands whose name may be two words, as `bench report`, beside one that is the first."""
+
+    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]  # typer's own types vary
+        first_two = " ".join(args[:2])
+        words = [first_two, *args[2:]] if first_two in self.commands else args
+        return super().resolve_command(ctx, words)
+
 
 app = typer.Typer(
     name="zimage-fp8",
+    cls=Verbs,
     help="Z-Image-Turbo in 8 bits: quantize it, prove what it costs, serve it fast.\n\n"
     "MODEL is always one of: `nano` (a small model inside this package), a local diffusers "
     "folder, or a Hub id such as Tongyi-MAI/Z-Image-Turbo.",
@@ -22,9 +36,30 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; CUDA where there 
 PolicyName = Annotated[
     str | None,
     typer.Option(
-        help="bf16_base, online_fp8, fp8-row, int8-rot, a static policy such as full or "
-        "ffn-only, one of these with blocks (full[0-14], full[!15-29]), or a .toml file."
+        help="bf16_base, online_fp8, online_int8-rot, fp8-row, int8-rot, a static policy such as "
+        "full or ffn-only, one of these with blocks (full[0-14], full[!15-29]), or a .toml file."
     ),
+]
+
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="fused (fast kernels), plain (the reference), or auto: fused on CUDA."
+    ),
+]
+AttentionBackend = Annotated[
+    str,
+    typer.Option(
+        help="auto, sdpa, math, fa3, cudnn, flash2, sage; or TORCH_SDPA, FLASH_ATTN, SAGE_ATTN.",
+        envvar="DIFFUSION_ATTENTION_BACKEND",
+    ),
+]
+TextEncoderPrecision = Annotated[
+    str, typer.Option("--text-encoder", help="bf16, or fp8: 3 GB less, a little off.")
+]
+Offload = Annotated[
+    str,
+    typer.Option(help="none, or text-encoder: it stays in host memory and streams when needed."),
 ]
 
 
@@ -33,3 +68,15 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     from zimage_fp8.protocol import parse_size
 
     return parse_size(size) if size else None
+
+
+def parse_bytes(size: str | None) -> int | None:
+    """`12G`, `1.5GB`, `30M` or plain bytes as a number, in powers of ten. Raises UsageError."""
+    if size is None:
+        return None
+    number = size.upper().removesuffix("B")
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("KMG")) * factor)
+    except (ValueError, OverflowError):
+        raise UsageError(f"{size!r} is no size in bytes; write 12G or 30M") from None

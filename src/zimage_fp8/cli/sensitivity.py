@@ -41,8 +41,8 @@ def sensitivity(
     zimage-fp8 sensitivity nano --scan kinds --scan steps
     """
     from zimage_fp8.evaluate import Workload
-    from zimage_fp8.sensitivity.report import report_text
     from zimage_fp8.sensitivity import sensitivity as run
+    from zimage_fp8.sensitivity.report import report_text
 
     workload = Workload(prompts, limit, parse_size(size), steps)
     with progress() as report:

@@ -28,6 +28,7 @@ class Choice:
     depth: int
     implementation: str
     tile: Tile | None
+    us: float
 
 
 class Linear:
@@ -43,6 +44,8 @@ class Linear:
             self.weight_scale = module.weight_scale
             self.reads = Output(module.spec, module.input_scale)
         self.kind = kind_of(self.reads, self.weight_scale)
+        self._columns: Tensor | None = None
+        self._one: Tensor | None = None
         self.chosen: dict[int, str] = {}  # rows -> implementation, for the record
 
     def __call__(self, x: Activation) -> Tensor:
@@ -56,6 +59,38 @@ class Linear:
             )
         tile = found.tile if found else None
         return matmul(x, self.weight, self.weight_scale, self.dtype, implementation, tile)
+
+    def unscaled(self, x: Activation) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The product, and scales [tokens, 1] and [out] that the reader still has to apply.
+
+        cuBLAS is often fastest when it has no vectors of scales to apply; it is left so where that
+        was measured for the shape. Elsewhere the scales come back as None.
+        """
+        if x.scale is None or not x.scale.ndim or not self._is_faster_unscaled(len(x.values)):
+            return self(x), None
+        if self._columns is None:
+            assert self.weight_scale is not None
+            self._columns = self.weight_scale.expand(len(self.weight)).contiguous()
+            self._one = torch.ones((), device=x.values.device)
+        self.chosen[len(x.values)] = "cublas, scaled by its reader"
+        codes = Activation(x.values, self._one)
+        product = matmul(codes, self.weight, self._one, self.dtype, "cublas")
+        return product, (x.scale, self._columns)
+
+    def _is_faster_unscaled(self, rows: int) -> bool:
+        if self.kind != "e4m3-vector":
+            return False
+        shape = (rows, *self.weight.shape)
+        plain = choose(self.weight.device, "e4m3-scalar", *shape)
+        scaled = choose(self.weight.device, "e4m3-vector", *shape)
+        if plain is None or scaled is None or plain.implementation != "cublas":
+            return False
+        return plain.us < scaled.us
+
+    def describe(self) -> str:
+        """The implementations that ran, or the one that will."""
+        ran = sorted(set(self.chosen.values()))
+        return f"{self.kind} by {' and '.join(ran)}" if ran else self.kind
 
 
 def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
@@ -94,6 +129,7 @@ def measured() -> tuple[Choice, ...]:
             depth=raw["depth"],
             implementation=raw["implementation"],
             tile=Tile(**raw["tile"]) if raw["tile"] else None,
+            us=raw["us"],
         )
         for raw in json.loads(file.read_text())["choices"]
     )

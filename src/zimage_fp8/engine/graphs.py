@@ -20,6 +20,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     output: Tensor
+    reserved_bytes: int
 
 
 class GraphCache:
@@ -36,6 +37,11 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._captured)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Device memory that the captured graphs made PyTorch reserve, their shared pool."""
+        return sum(captured.reserved_bytes for captured in self._captured.values())
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, replayed from the graph of `key` once that is captured.
@@ -75,7 +81,9 @@ class GraphCache:
             for _ in range(WARM_UP_RUNS):
                 function(*statics)
         torch.cuda.current_stream(self.device).wait_stream(stream)
+        before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = function(*statics)
-        return _Captured(graph, statics, output)
+        reserved = torch.cuda.memory_reserved(self.device) - before
+        return _Captured(graph, statics, output, max(0, reserved))

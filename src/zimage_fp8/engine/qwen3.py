@@ -166,8 +166,20 @@ class LayerLayout:
         for field, (start, dtype, shape) in self._slots.items():
             size = prod(shape) * dtype.itemsize
             found[field] = buffer[start : start + size].view(dtype).view(shape)
-        linears = {field: Weight(found[field], found.get(f"{field}.scale")) for field in LINEARS}
-        return Layer(**{field: found[field] for field in NORMS}, **linears)
+
+        def linear(field: str) -> Weight:
+            return Weight(found[field], found.get(f"{field}.scale"))
+
+        return Layer(
+            input_norm=found["input_norm"],
+            q_norm=found["q_norm"],
+            k_norm=found["k_norm"],
+            post_norm=found["post_norm"],
+            qkv=linear("qkv"),
+            out=linear("out"),
+            gate_up=linear("gate_up"),
+            down=linear("down"),
+        )
 
     def fill(self, buffer: Tensor, reader: ShardReader, prefix: str) -> None:
         """Read a layer into its buffer, on the buffer's device, quantizing on the way."""

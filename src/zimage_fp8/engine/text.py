@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage_fp8.checkpoint.shards import ShardReader
+from zimage_fp8.engine.gemm import choose
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.qwen3 import (
     Layer,
@@ -27,23 +28,25 @@ from zimage_fp8.engine.qwen3 import (
     check_tensors,
     read_qwen3_config,
 )
-from zimage_fp8.errors import ModelError, UsageError
-from zimage_fp8.kernels import scaled_mm
+from zimage_fp8.errors import ModelError
 from zimage_fp8.kernels.activation import Activation, Output, encode
 from zimage_fp8.kernels.add_norm import add_norm
+from zimage_fp8.kernels.language import next_power_of_2, runs_triton
+from zimage_fp8.kernels.matmul import Tile, matmul
 from zimage_fp8.kernels.qwen_rope import half_rope_table, qwen_norm_rope
 from zimage_fp8.kernels.swiglu import gated
-from zimage_fp8.model.text import MAX_TOKENS, PromptTokenizer
+from zimage_fp8.model.text import MAX_TOKENS, PromptEncoder
 
 BUCKET = 32  # tokens
 
 
-class FastTextEncoder(PromptTokenizer):
+class FastTextEncoder(PromptEncoder):
     """Prompts in, captions out, as `model.text.TextEncoder`. Not thread-safe: one thread encodes.
 
     precision: "bf16" keeps weights in `dtype`; "fp8" quantizes the linear layers per output row
     while loading, and activations per token. offload: layers stay in host memory between and
-    during requests. Raises ModelError and CheckpointError for a folder it cannot run exactly.
+    during requests. graphs: the cache to keep CUDA graphs in, its own when left out. Raises
+    ModelError and CheckpointError for a folder it cannot run exactly.
     """
 
     def __init__(
@@ -54,12 +57,8 @@ class FastTextEncoder(PromptTokenizer):
         *,
         precision: Precision = "bf16",
         offload: bool = False,
+        graphs: GraphCache | None = None,
     ) -> None:
-        if precision == "fp8" and dtype != torch.bfloat16 and device.type == "cuda":
-            raise UsageError(
-                f"an FP8 text encoder computes in bfloat16 on CUDA, not in {dtype}",
-                hint="keep the text encoder in bf16, or use --dtype bfloat16",
-            )
         super().__init__(folder)
         self.dtype, self.device = dtype, device
         self.precision, self.offload = precision, offload
@@ -80,7 +79,7 @@ class FastTextEncoder(PromptTokenizer):
             self._layers: _Streamed | _Resident = source(self._layout, reader, names, device)
         table = half_rope_table(MAX_TOKENS, self.config.head_dim, self.config.rope_theta)
         self._table = table.to(device)
-        self._graphs = GraphCache(device)
+        self._graphs = GraphCache(device) if graphs is None else graphs
 
     @property
     def device_bytes(self) -> int:
@@ -93,6 +92,9 @@ class FastTextEncoder(PromptTokenizer):
         may drop and read again."""
         return self._layers.host_bytes + self._embedding.nbytes
 
+    def describe(self) -> str:
+        return f"fused, {self.precision}" + (", offloaded" if self.offload else "")
+
     @torch.inference_mode()
     def encode(self, prompt: str) -> Tensor:
         """The caption of one prompt, [tokens, cap_feat_dim] in the encoder's dtype."""
@@ -102,7 +104,7 @@ class FastTextEncoder(PromptTokenizer):
         x = F.pad(rows, (0, 0, 0, padded - len(ids))).to(self.device)
         if self.offload:
             return self._forward(x)[: len(ids)].clone()
-        return self._graphs.run(padded, self._forward, x)[: len(ids)].clone()
+        return self._graphs.run(("text", padded), self._forward, x)[: len(ids)].clone()
 
     def _forward(self, x: Tensor) -> Tensor:
         """x: embedded tokens [tokens, hidden] -> the last loaded layer's output."""
@@ -128,9 +130,19 @@ class FastTextEncoder(PromptTokenizer):
 
 
 def _linear(x: Activation, weight: Weight, dtype: torch.dtype) -> Tensor:
-    if weight.scale is None or x.scale is None:
-        return F.linear(x.values, weight.values)
-    return scaled_mm(x.values, x.scale, weight.values, weight.scale, dtype)
+    values, scale, rows = weight.values, weight.scale, len(x.values)
+    kind = "bf16" if scale is None else "e4m3-vector"
+    if dtype == torch.bfloat16 and (found := choose(values.device, kind, rows, *values.shape)):
+        return matmul(x, values, scale, dtype, found.implementation, found.tile)
+    if scale is not None and runs_triton(values):
+        return matmul(x, values, scale, dtype, "triton", few_rows_tile(rows))
+    return matmul(x, values, scale, dtype)
+
+
+def few_rows_tile(rows: int) -> Tile:
+    """A tile for prompts: with so few rows a product is read, not computed, and needs narrow tiles
+    to have one for every multiprocessor (2560 columns make 80)."""
+    return Tile(m=min(128, max(16, next_power_of_2(rows))), n=32, k=128, warps=4, stages=5)
 
 
 class _Resident:

@@ -72,7 +72,7 @@ class FusedBlock:
 
 
 class FusedTransformer:
-    """`forward` is `ZImageTransformer.forward` for captions that `refine_caption` refined."""
+    """A `model.denoiser.Denoiser` on the weights of a `ZImageTransformer`."""
 
     def __init__(
         self, transformer: ZImageTransformer, attention: Backend, graphs: GraphCache
@@ -96,19 +96,45 @@ class FusedTransformer:
         assert isinstance(final, FinalLayer)
         self._final = final
         self._timesteps: OrderedDict[float, Tensor] = OrderedDict()
+        self._last_step: torch.cuda.Event | None = None
+        self._this_step: torch.cuda.Event | None = None
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """latent: fp32 [batch, channels, height, width]; t: fp32 [1] on the CPU; caption:
-        [batch, tokens, dim]. Returns fp32 of latent's shape, valid until the next call."""
+        [batch, tokens, dim]. Returns fp32 of latent's shape.
+
+        The host runs at most one step ahead of the GPU, so that whoever counts steps or cancels
+        between them is not told of work that has hardly begun.
+        """
         vectors = self._vectors(t)
-        key = ("step", tuple(latent.shape), caption.shape[1])
-        return self.graphs.run(key, self._step, latent, vectors, caption)
+        if self._last_step is not None:
+            self._last_step.synchronize()
+        key = ("step", id(self), tuple(latent.shape), caption.shape[1])
+        output = self.graphs.run(key, self._step, latent, vectors, caption).clone()
+        if self.device.type == "cuda":
+            self._last_step, self._this_step = self._this_step, _event()
+            self._this_step.record()
+        return output
 
     def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
-        key = ("caption", tuple(caption.shape))
+        key = ("caption", id(self), tuple(caption.shape))
         refined = self.graphs.run(key, self.transformer.refine_caption, caption, is_pad)
         return refined.clone()
+
+    def describe(self) -> dict[str, object]:
+        """What runs: attention, the matrix product of every kind of layer, and the graphs."""
+        gemm = {name: linear.describe() for name, linear in self.linears.items()}
+        return {
+            "engine": "fused",
+            "attention": f"{self.attention.name} ({self.attention.summary})",
+            "gemm": ", ".join(f"{name}: {what}" for name, what in gemm.items()),
+        }
+
+    def release(self) -> None:
+        """Drop every captured graph; the next picture captures again."""
+        self.graphs.forget()
+        self._last_step = self._this_step = None
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -167,7 +193,8 @@ class FusedTransformer:
                 eps,
                 block.w13.reads,
             )
-            h = block.w2(gated(block.w13(normed), block.w2.reads))
+            w13, scales = block.w13.unscaled(normed)
+            h = block.w2(gated(w13, block.w2.reads, scales))
             gate = _vector(vectors, block, GATE_FFN)
             if following is None:
                 return residual(x, h, gate, eps)
@@ -180,6 +207,10 @@ class FusedTransformer:
         q, k, v = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5)
         mixed = self.attention.run(q, k, v).flatten(0, 1)
         return block.to_out(encode(mixed, block.to_out.reads))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _vector(vectors: Tensor, block: FusedBlock, which: int) -> Tensor:

@@ -24,14 +24,21 @@ from torch import Tensor, nn
 
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.errors import ModelError
-from zimage_fp8.kernels.group_norm import group_moments, normalize_groups
+from zimage_fp8.kernels.group_norm import (
+    Normalization,
+    group_moments,
+    normalize,
+    normalize_window,
+)
 from zimage_fp8.model.vae import Decoder
 
 BAND_ELEMENTS = 2**24  # of one band: 32 MiB in BF16, below an H100's 50 MB of L2
 QUERIES_AT_ONCE = 512  # rows of attention scores: 32 MiB in fp32 at 1024x1024
 MAX_FUSED_HEAD_DIM = 256  # FlashAttention's limit, which PyTorch states
 
-Write = Callable[[Tensor, Tensor], object]  # (source rows, destination rows)
+# (a band, the row above, the row below) -> what a convolution reads: a row more at either side,
+# zeros beyond the picture's edge. See `kernels.group_norm.normalize_window`.
+MakeWindow = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass
@@ -65,7 +72,7 @@ class FastDecoder(Decoder):
         super().__init__(folder, dtype, device)
         _check_structure(self.vae)
         self.vae.decoder.to(memory_format=torch.channels_last)
-        self.graphs = graphs or GraphCache(device)
+        self.graphs = GraphCache(device) if graphs is None else graphs
         self.band_elements = band_elements
 
     @torch.inference_mode()
@@ -97,10 +104,10 @@ class FastDecoder(Decoder):
                 picture = _resnet(picture, resnet)
             for upsampler in block.upsamplers or ():
                 picture = self._upsample(picture, upsampler.conv)
-        last, normalize = decoder.conv_out, _norm(picture, decoder.conv_norm_out, silu=True)
+        last = decoder.conv_out
         rows = [
             _to_levels(F.conv2d(window, last.weight, last.bias, padding=(0, 1)))
-            for _, window in _windows(picture.bands, normalize)
+            for _, window in _windows(picture.bands, _norm_silu(picture, decoder.conv_norm_out))
         ]
         return torch.cat(rows)
 
@@ -110,10 +117,14 @@ class FastDecoder(Decoder):
         step = max(1, self.band_elements // (2 * width * conv.out_channels))  # rows before doubling
         larger = []
 
-        def write(source: Tensor, target: Tensor) -> None:
-            torch.add(source, bias, out=target)
+        def make(band: Tensor, above: Tensor | None, below: Tensor | None) -> Tensor:
+            window = _window_like(band)
+            torch.add(band, bias, out=window[:, :, 1:-1])
+            for row, edge in ((window[:, :, :1], above), (window[:, :, -1:], below)):
+                row.zero_() if edge is None else torch.add(edge, bias, out=row)
+            return window
 
-        for band, window in _windows(picture.bands, write):
+        for band, window in _windows(picture.bands, make):
             for top in range(0, band.shape[2], step):
                 rows = window[:, :, top : top + step + 2]
                 doubled = F.interpolate(rows, scale_factor=2.0, mode="nearest")
@@ -146,53 +157,48 @@ def _resnet(picture: Picture, block: ResnetBlock2D) -> Picture:
     shortcut: nn.Conv2d | None = block.conv_shortcut
     if shortcut is not None:  # 1x1: what it makes of the missing bias is again a bias
         skipped.bias = shortcut.weight.flatten(1).float() @ picture.bias + _bias(shortcut)
-    for band, window in _windows(picture.bands, _norm(picture, block.norm1, silu=True)):
+    for band, window in _windows(picture.bands, _norm_silu(picture, block.norm1)):
         hidden.bands.append(_conv(window, block.conv1))
         skipped.bands.append(band if shortcut is None else F.conv2d(band, shortcut.weight))
         del band, window  # before the next window is made, so that its memory can be taken
     sums = iter(skipped.bands)
-    for band, window in _windows(hidden.bands, _norm(hidden, block.norm2, silu=True)):
+    for band, window in _windows(hidden.bands, _norm_silu(hidden, block.norm2)):
         next(sums).add_(_conv(window, block.conv2))
         del band, window
     return Picture(skipped.bands, skipped.bias + _bias(block.conv2))
 
 
-def _norm(picture: Picture, norm: nn.GroupNorm, *, silu: bool) -> Write:
-    """What writes normalized rows; the moments, of all bands, are taken now."""
-    bias = picture.bias
-    moments = group_moments(picture.bands, norm.num_groups, norm.eps, bias)
-
-    def write(source: Tensor, target: Tensor) -> None:
-        normalize_groups(source, moments, norm.weight, norm.bias, silu=silu, shift=bias, out=target)
-
-    return write
+def _norm_silu(picture: Picture, norm: nn.GroupNorm) -> MakeWindow:
+    """Windows of the normalized picture; the moments, of all bands, are taken now."""
+    by = _normalization(picture, norm, silu=True)
+    return lambda band, above, below: normalize_window(band, above, below, by)
 
 
-def _windows(bands: list[Tensor], write: Write) -> Iterator[tuple[Tensor, Tensor]]:
-    """(band, its rows as written by `write` with one more above and below); empties `bands`.
+def _normalization(picture: Picture, norm: nn.GroupNorm, *, silu: bool) -> Normalization:
+    moments = group_moments(picture.bands, norm.num_groups, norm.eps, picture.bias)
+    return Normalization(moments, norm.weight, norm.bias, silu, picture.bias)
 
-    Beyond the picture's edge lie zeros: what a convolution pads with.
-    """
+
+def _windows(bands: list[Tensor], make: MakeWindow) -> Iterator[tuple[Tensor, Tensor]]:
+    """(band, the window that `make` makes of it and its neighbours' rows); empties `bands`."""
     above: Tensor | None = None
     while bands:
         band = bands.pop(0)
-        below = bands[0][:, :, :1] if bands else None
-        batch, channels, rows, width = band.shape
-        window = torch.empty(
-            (batch, channels, rows + 2, width),
-            dtype=band.dtype,
-            device=band.device,
-            memory_format=torch.channels_last,
-        )
-        write(band, window[:, :, 1:-1])
-        for edge, row in ((above, window[:, :, :1]), (below, window[:, :, -1:])):
-            if edge is None:
-                row.zero_()
-            else:
-                write(edge, row)
-        above = band[:, :, -1:].clone(memory_format=torch.channels_last)
+        window = make(band, above, bands[0][:, :, :1] if bands else None)
+        above = band[:, :, -1:].clone(memory_format=torch.channels_last) if bands else None
         yield band, window
         del band, window
+
+
+def _window_like(band: Tensor) -> Tensor:
+    """Memory for a band with a row more at either side."""
+    batch, channels, rows, width = band.shape
+    return torch.empty(
+        (batch, channels, rows + 2, width),
+        dtype=band.dtype,
+        device=band.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def _conv(window: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -209,8 +215,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 def _attend(picture: Picture, block: Attention) -> Picture:
     """x + attention over all its pixels; changes x, which is one band."""
     (x,) = picture.bands
-    normed = torch.empty_like(x)
-    _norm(picture, block.group_norm, silu=False)(x, normed)
+    normed = normalize(x, _normalization(picture, block.group_norm, silu=False))
     tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)  # [1, pixels, channels]
     q, k, v = (
         layer(tokens).unflatten(-1, (block.heads, -1)).transpose(1, 2)
@@ -222,7 +227,7 @@ def _attend(picture: Picture, block: Attention) -> Picture:
         mixed = F.scaled_dot_product_attention(q, k, v)
     last: nn.Linear = block.to_out[0]
     mixed = F.linear(mixed.transpose(1, 2).flatten(2), last.weight)
-    x.add_(mixed.transpose(1, 2).unflatten(2, x.shape[2:]))
+    x.add_(mixed.transpose(1, 2).reshape(x.shape))
     return Picture([x], picture.bias + _bias(last))
 
 
@@ -260,7 +265,8 @@ def _to_host(levels: Tensor) -> np.ndarray:
     """A copy in host memory. The array owns it: the device's buffer is free when this returns."""
     if levels.is_cuda:
         host = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
-        levels = host.copy_(levels, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        host.copy_(levels, non_blocking=True)
+        torch.cuda.current_stream(levels.device).synchronize()
+        levels = host
     pixels: np.ndarray = levels.numpy()
     return pixels

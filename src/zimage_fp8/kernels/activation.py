@@ -139,22 +139,40 @@ def store_row(
     AMAX_FLOOR: tl.constexpr,
 ):
     """The epilogue of every producer. x: fp32 [BLOCK], zero where not `mask`."""
-    target = values + row.to(tl.int64) * width + columns
     if FORMAT == 0:
+        target = values + row.to(tl.int64) * width + columns
         tl.store(target, x.to(values.dtype.element_ty), mask)
     else:
         x = rotate_block(x, BLOCK, GROUP)
         if PER_TOKEN:
-            largest = tl.maximum(tl.max(tl.abs(x), axis=0), AMAX_FLOOR)
-            scale = tl.div_rn(largest, QMAX)
+            scale = scale_of_amax(tl.max(tl.abs(x), axis=0), QMAX, AMAX_FLOOR)
             tl.store(scales + row, scale)
         else:
             scale = tl.load(scales)
-        q = tl.clamp(tl.div_rn(x, scale), -QMAX, QMAX)
-        if FORMAT == 2:
-            # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded half to even.
-            q = (q + 12582912.0) - 12582912.0
-        tl.store(target, q.to(values.dtype.element_ty), mask)
+        store_codes(x, scale, values, row, columns, mask, width, FORMAT, QMAX)
+
+
+@triton.jit
+def scale_of_amax(amax, QMAX: tl.constexpr, AMAX_FLOOR: tl.constexpr):
+    return tl.div_rn(tl.maximum(amax, AMAX_FLOOR), QMAX)
+
+
+@triton.jit
+def store_codes(
+    x, scale, values, row, columns, mask, width, FORMAT: tl.constexpr, QMAX: tl.constexpr
+):
+    # x / scale as IEEE divides, in three instructions: with the correctly rounded reciprocal, one
+    # step of the residual rounds the quotient correctly (Markstein 1990). The division instruction
+    # cost as much as everything else in `kernels.norm`: 39 us with it, 20 without (H200).
+    inverse = tl.div_rn(1.0, scale)
+    q = x * inverse
+    q = tl.fma(tl.fma(-q, scale, x), inverse, q)
+    q = tl.clamp(q, -QMAX, QMAX)
+    if FORMAT == 2:
+        # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded half to even.
+        q = (q + 12582912.0) - 12582912.0
+    target = values + row.to(tl.int64) * width + columns
+    tl.store(target, q.to(values.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """GroupNorm, with SiLU when wanted, on channels_last pictures that may come in bands of rows.
 
 The statistics of a group span the whole picture, the rest is pixel by pixel. So there are two
-steps: `group_moments` reads all bands once, `normalize_groups` reads and writes one band, or any
-rows of it. Both work in fp32; the result is rounded once.
+steps: `group_moments` reads all bands once, `normalize` and `normalize_window` read one band and
+write it, the latter with a row of either neighbour, as a 3x3 convolution wants it. Both steps work
+in fp32; the result is rounded once.
 
-A convolution's bias need not be added before: `shift`, one value per channel, is added to what is
-read, so a bias costs no pass over memory of its own.
+The bias of the convolution before need not be in what is read: `shift`, one value per channel, is
+added on the way, so a bias costs no pass over memory of its own.
 
 Variance is never a difference of two large sums: every block takes its squares around its own
 mean, and blocks are merged by Chan's formula. No atomics: the same picture gives the same bits.
@@ -16,6 +17,7 @@ boundary: neighbours, at most one in 1e3 (tests/kernels/test_group_norm.py).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,21 @@ WARPS = 8
 MERGED_AT_ONCE = 1024  # partial moments that one program holds
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """What becomes of a pixel: `silu?((x + shift − mean) · (1/std · weight) + bias)`.
+
+    moments: fp32 [2, batch, groups], mean and 1/std, of `group_moments`; weight, bias, shift:
+    [channels].
+    """
+
+    moments: Tensor
+    weight: Tensor
+    bias: Tensor
+    silu: bool
+    shift: Tensor | None = None
+
+
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, *, silu: bool
 ) -> Tensor:
@@ -38,7 +55,7 @@ def group_norm(
     shape, dtype and memory format.
     """
     moments = group_moments([x], num_groups, eps)
-    return normalize_groups(x, moments, weight, bias, silu=silu)
+    return normalize(x, Normalization(moments, weight, bias, silu))
 
 
 def group_moments(
@@ -53,23 +70,20 @@ def group_moments(
     return run(bands, num_groups, eps, shift)
 
 
-def normalize_groups(
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    silu: bool,
-    shift: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`silu?((x + shift − mean) · (1/std · weight) + bias)`.
+def normalize(x: Tensor, by: Normalization) -> Tensor:
+    """x: [batch, channels, rows, width], channels_last or rows of such a tensor."""
+    return (normalize_triton if runs_triton(x) else normalize_reference)(x, by)
 
-    x: [batch, channels, rows, width], channels_last or rows of such a tensor; moments: as
-    `group_moments` returns; weight, bias, shift: [channels]. `out`, when given, is like x and may be x.
+
+def normalize_window(
+    x: Tensor, above: Tensor | None, below: Tensor | None, by: Normalization
+) -> Tensor:
+    """`normalize` of x with one more row at either side: [batch, channels, rows + 2, width].
+
+    above, below: [batch, channels, 1, width], laid out like x; zeros come where there is None.
     """
-    run = normalize_groups_triton if runs_triton(x) else normalize_groups_reference
-    return run(x, moments, weight, bias, silu=silu, shift=shift, out=out)
+    run = normalize_window_triton if runs_triton(x) else normalize_window_reference
+    return run(x, above, below, by)
 
 
 def group_moments_reference(
@@ -88,23 +102,21 @@ def group_moments_reference(
     return torch.stack([mean, 1 / torch.sqrt(square / count.sum(0) + eps)])
 
 
-def normalize_groups_reference(
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    silu: bool,
-    shift: Tensor | None = None,
-    out: Tensor | None = None,
+def normalize_reference(x: Tensor, by: Normalization) -> Tensor:
+    per_group = x.shape[1] // by.moments.shape[-1]
+    mean, inv_std = (it.repeat_interleave(per_group, -1)[..., None, None] for it in by.moments)
+    weight, bias = (it.float()[:, None, None] for it in (by.weight, by.bias))
+    y = (_shifted(x, by.shift) - mean) * (inv_std * weight) + bias
+    return (F.silu(y) if by.silu else y).to(x.dtype)
+
+
+def normalize_window_reference(
+    x: Tensor, above: Tensor | None, below: Tensor | None, by: Normalization
 ) -> Tensor:
-    per_group = x.shape[1] // moments.shape[-1]
-    mean, inv_std = (it.repeat_interleave(per_group, -1)[..., None, None] for it in moments)
-    y = (_shifted(x, shift) - mean) * (inv_std * weight.float()[:, None, None]) + bias.float()[
-        :, None, None
-    ]
-    y = F.silu(y) if silu else y
-    return y.to(x.dtype) if out is None else out.copy_(y)
+    edge = torch.zeros_like(x[:, :, :1])
+    rows = [edge if it is None else normalize_reference(it, by) for it in (above, below)]
+    window = torch.cat([rows[0], normalize_reference(x, by), rows[1]], dim=2)
+    return window.contiguous(memory_format=torch.channels_last)
 
 
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
@@ -136,26 +148,36 @@ def group_moments_triton(
     return moments
 
 
-def normalize_groups_triton(
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    silu: bool,
-    shift: Tensor | None = None,
-    out: Tensor | None = None,
+def normalize_triton(x: Tensor, by: Normalization) -> Tensor:
+    return _normalize_triton(x, None, None, by, edge_rows=0)
+
+
+def normalize_window_triton(
+    x: Tensor, above: Tensor | None, below: Tensor | None, by: Normalization
+) -> Tensor:
+    return _normalize_triton(x, above, below, by, edge_rows=1)
+
+
+def _normalize_triton(
+    x: Tensor, above: Tensor | None, below: Tensor | None, by: Normalization, *, edge_rows: int
 ) -> Tensor:
     batch, channels, rows, width = x.shape
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.channels_last)
+    out = torch.empty(
+        (batch, channels, rows + 2 * edge_rows, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     at_once = min(next_power_of_2(channels), CHANNELS)
     pixels_at_once = TILE // at_once
-    num_groups = moments.shape[-1]
-    grid = (-(-rows * width // pixels_at_once), -(-channels // at_once), batch)
-    _normalize_kernel[grid](
-        x, shift, out, moments, weight, bias, rows * width, channels, *_strides(x), *_strides(out),
-        num_groups, channels // num_groups, silu, at_once, pixels_at_once, num_warps=WARPS,
+    written = out.shape[2] * width
+    num_groups = by.moments.shape[-1]
+    neighbours = [(0, 0) if it is None else _strides(it) for it in (above, below)]
+    _normalize_kernel[(-(-written // pixels_at_once), -(-channels // at_once), batch)](
+        x, above, below, out, by.moments, by.weight, by.bias, by.shift,
+        rows * width, width, written, channels,
+        *_strides(x), *neighbours[0], *neighbours[1], num_groups,
+        channels // num_groups, by.silu, edge_rows, at_once, pixels_at_once, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -231,26 +253,42 @@ def _merge_moments_kernel(partial, moments, total, num_rows, eps, BLOCK: tl.cons
 
 @triton.jit
 def _normalize_kernel(
-    x, shift, out, moments, weight, bias, pixels, channels,
-    x_batch_stride, x_pixel_stride, out_batch_stride, out_pixel_stride, num_groups,
-    PER_GROUP: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    x, above, below, out, moments, weight, bias, shift, pixels, width, written, channels,
+    batch_stride, pixel_stride, above_batch_stride, above_pixel_stride,
+    below_batch_stride, below_pixel_stride, num_groups,
+    PER_GROUP: tl.constexpr, SILU: tl.constexpr, EDGE_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]
+    position = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]  # in out
+    pixel = position - EDGE_ROWS * width  # in x
     inside = channel < channels
     row = moments + batch * num_groups + channel // PER_GROUP
     mean = tl.load(row, inside, other=0.0)
     inv_std = tl.load(row + tl.num_programs(2) * num_groups, inside, other=0.0)
     factor = inv_std * tl.load(weight + channel, inside, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, inside, other=0.0).to(tl.float32)
-    mask = (pixel < pixels) & inside[None, :]
-    source = batch.to(tl.int64) * x_batch_stride + pixel.to(tl.int64) * x_pixel_stride
-    values = tl.load(x + source + channel[None, :], mask, other=0.0).to(tl.float32)
+    is_pixel = (pixel >= 0) & (pixel < pixels)
+    start = x + batch * batch_stride + pixel.to(tl.int64) * pixel_stride + channel[None, :]
+    values = tl.load(start, is_pixel & inside[None, :], other=0.0).to(tl.float32)
+    if above is not None:
+        is_above = pixel < 0
+        is_pixel = is_pixel | is_above
+        start = above + batch * above_batch_stride + position * above_pixel_stride
+        mask = is_above & inside[None, :]
+        values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
+    if below is not None:
+        is_below = (pixel >= pixels) & (position < written)
+        is_pixel = is_pixel | is_below
+        start = below + batch * below_batch_stride + (pixel - pixels) * below_pixel_stride
+        mask = is_below & inside[None, :]
+        values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
     if shift is not None:
         values += tl.load(shift + channel, inside, other=0.0).to(tl.float32)[None, :]
     y = (values - mean[None, :]) * factor[None, :] + offset[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    target = batch.to(tl.int64) * out_batch_stride + pixel.to(tl.int64) * out_pixel_stride
-    tl.store(out + target + channel[None, :], y.to(out.dtype.element_ty), mask)
+    y = tl.where(is_pixel, y, 0.0)
+    target = out + (batch * written + position) * channels + channel[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), (position < written) & inside[None, :])

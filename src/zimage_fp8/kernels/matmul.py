@@ -27,7 +27,8 @@ from zimage_fp8.kernels.scaled_mm import scaled_mm
 @dataclass(frozen=True)
 class Tile:
     """A Triton GEMM's shape: rows, columns and depth of a tile; warps; pipeline stages; into how
-    many column parts the result is stored; rows of tiles walked together for the cache's sake."""
+    many column parts the result is stored; rows of tiles walked together for the cache's sake;
+    persistent programs per multiprocessor."""
 
     m: int = 128
     n: int = 256
@@ -36,9 +37,11 @@ class Tile:
     stages: int = 3
     parts: int = 1
     group: int = 8
+    per_sm: int = 1
 
 
 TMA_TILE = Tile()
+WIDE_OUTPUT_TILE = Tile(n=128)  # fp32 results take twice the shared memory
 POINTER_TILE = Tile(n=128, warps=4)
 
 MatMul = Callable[[Activation, Tensor, Tensor | None, torch.dtype, Tile | None], Tensor]
@@ -140,11 +143,11 @@ def _triton_tma(
 
     assert x.scale is not None
     assert weight_scale is not None
-    tile = tile or TMA_TILE
+    tile = tile or (TMA_TILE if dtype.itemsize == 2 else WIDE_OUTPUT_TILE)
     (rows, depth), columns = x.values.shape, len(weight)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     tiles = -(-rows // tile.m) * -(-columns // tile.n)
-    programs = min(tiles, _multiprocessors(weight.device))
+    programs = min(tiles, tile.per_sm * _multiprocessors(weight.device))
     _tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(x.values, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),

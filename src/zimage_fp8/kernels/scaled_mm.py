@@ -28,8 +28,10 @@ def scaled_mm(
     if q.dtype == DTYPE["int8"]:
         total = torch._int_mm(q, weight.T)
         return (total.float() * scale * weight_scale).to(dtype)
-    if scale.ndim or weight_scale.ndim:  # `_scaled_mm` takes two scalars or two vectors
-        scale = _vector(scale, len(q))[:, None]
+    if scale.ndim or weight_scale.ndim:
+        if not q.is_cuda:  # `_scaled_mm` takes vectors on the CPU from PyTorch 2.12 on, as exactly
+            return scaled_mm_reference(q, scale, weight, weight_scale, dtype)
+        scale = _vector(scale, len(q))[:, None]  # two scalars or two vectors, nothing between
         weight_scale = _vector(weight_scale, len(weight))[None]
     return torch._scaled_mm(q, weight.T, scale, weight_scale, out_dtype=dtype)
 

@@ -70,25 +70,15 @@ def run_calibration(
     `folder` is the pipeline's own, for the fingerprint. Raises UsageError for settings that cannot
     be drawn.
     """
-    check_forwards(settings.forwards)
-    sigmas = calibration_schedule(settings.forwards, pipeline.shift)
-    requests = [
-        ImageRequest(prompt, settings.width, settings.height, seed=settings.seed + index)
-        for index, prompt in enumerate(settings.prompts)
-    ]
-    for request in requests:
-        pipeline.validate(request)
-    with observe(pipeline.transformer, _observed(pipeline)) as observer, torch.inference_mode():
-        for index, request in enumerate(requests):
-            observer.step = 0
+    with observe(pipeline.transformer, _observed(pipeline)) as observer:
 
-            def on_step(done: int, _total: int, before: int = index * settings.forwards) -> None:
-                observer.step = done
-                if on_forward is not None:
-                    on_forward(before + done, len(requests) * settings.forwards)
+        def follow(done: int, total: int) -> None:
+            observer.step = done % settings.forwards
+            if on_forward is not None:
+                on_forward(done, total)
 
-            denoise(pipeline.velocity(request), pipeline.draw_latent(request), sigmas, on_step)
-    amax = observer.result()
+        run_prompts(pipeline, settings, follow)
+    amax, channel_amax = observer.result(), observer.channels()
     check_amax(amax)
     with ShardReader(folder / "transformer") as reader:
         fingerprint = reader.fingerprint()
@@ -99,11 +89,46 @@ def run_calibration(
         seed=settings.seed,
         width=settings.width,
         height=settings.height,
-        sigmas=sigmas,
+        sigmas=calibration_schedule(settings.forwards, pipeline.shift),
         guidance=0.0,
         dtype=str(pipeline.dtype).removeprefix("torch."),
         versions=versions(),
         amax=amax,
+        channel_amax=channel_amax,
+    )
+
+
+@torch.inference_mode()
+def run_prompts(
+    pipeline: Pipeline, settings: CalibrationSettings, on_forward: OnForward | None = None
+) -> None:
+    """Denoise every prompt, for those who watch the transformer. Raises UsageError for settings
+    that cannot be drawn."""
+    check_forwards(settings.forwards)
+    sigmas = calibration_schedule(settings.forwards, pipeline.shift)
+    requests = [
+        ImageRequest(prompt, settings.width, settings.height, seed=settings.seed + index)
+        for index, prompt in enumerate(settings.prompts)
+    ]
+    for request in requests:
+        pipeline.validate(request)
+    for index, request in enumerate(requests):
+
+        def on_step(done: int, _total: int, before: int = index * settings.forwards) -> None:
+            if on_forward is not None:
+                on_forward(before + done, len(requests) * settings.forwards)
+
+        denoise(pipeline.velocity(request), pipeline.draw_latent(request), sigmas, on_step)
+
+
+def settings_of(calibration: Calibration) -> CalibrationSettings:
+    """What repeats the run that a calibration was measured in."""
+    return CalibrationSettings(
+        prompts=calibration.prompts,
+        width=calibration.width,
+        height=calibration.height,
+        forwards=len(calibration.sigmas) - 1,
+        seed=calibration.seed,
     )
 
 

@@ -34,7 +34,7 @@ def load_diffusers_transformer(
     """
     folder = Path(pipeline_folder) / "transformer"
     config, raw = read_config(folder)
-    stored = read_stored(raw, list(linear_shapes(config)))
+    stored = read_stored(raw, linear_shapes(config))
     if stored is None:
         raise UsageError(f"{folder} is not quantized: diffusers opens it by itself")
     with torch.device("meta"):

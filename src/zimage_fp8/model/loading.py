@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,15 +14,29 @@ from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import ModelError, UsageError, ZImageError
 from zimage_fp8.layout import linear_shapes, read_config
 from zimage_fp8.model.calibration import CalibrationSettings, OnForward, run_calibration
+from zimage_fp8.model.denoiser import Denoiser, PlainDenoiser
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.source import display_name, find_model
-from zimage_fp8.model.text import TextEncoder
+from zimage_fp8.model.text import PromptEncoder, TextEncoder
 from zimage_fp8.model.vae import Decoder
 from zimage_fp8.model.weights import load_transformer
+from zimage_fp8.model.z_image import ZImageTransformer
 from zimage_fp8.quant.calibrate import Calibration
 from zimage_fp8.quant.policy import PRESETS, Policy, find_policy, resolve
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the three models are opened and run; the defaults are the plain ones."""
+
+    text: Callable[[Path, torch.dtype, torch.device], PromptEncoder] = TextEncoder
+    decoder: Callable[[Path, torch.dtype, torch.device], Decoder] = Decoder
+    denoiser: Callable[[ZImageTransformer], Denoiser] = PlainDenoiser
+
+
+PLAIN = Parts()
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,32 +49,37 @@ def load_pipeline(
     dtype: str = "bfloat16",
     device: str | None = None,
     on_calibration: OnForward | None = None,
+    share: Pipeline | None = None,
+    parts: Parts = PLAIN,
 ) -> Pipeline:
     """Load `nano`, a local folder or a Hub id, under a policy.
 
-    A static policy on an unquantized model is calibrated first with the default settings, unless
-    `calibration` is given; `on_calibration(done, total)` then reports every forward. device: as
-    PyTorch names it; by default CUDA where there is one. Raises UsageError, ModelError or
+    A policy that needs it is calibrated first on an unquantized model, with the default settings,
+    unless `calibration` is given; `on_calibration(done, total)` reports every forward. device: as
+    PyTorch names it; by default CUDA where there is one. share: a pipeline whose text encoder and
+    VAE, which must be the same, are used instead of being loaded again. parts: what runs them
+    (`engine.load_pipeline` chooses the fast ones). Raises UsageError, ModelError or
     CheckpointError.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}", param="dtype")
     chosen = find_policy(policy) if policy else None
-    folder, where = find_model(model), _device(device)
-    must_calibrate = bool(chosen and chosen.is_static and not is_quantized(folder))
+    folder, where = find_model(model), find_device(device)
+    must_calibrate = bool(chosen and chosen.needs_calibration and not is_quantized(folder))
     if calibration is not None and not must_calibrate:
         raise UsageError(
-            "a calibration has no effect here: it serves a static policy on a BF16 model",
+            "a calibration has no effect here: it serves static policies and int8-rot on a BF16 model",
             param="calibration",
         )
     if must_calibrate and calibration is None:
-        base = _assemble(model, folder, None, None, dtype, where)
+        observed = replace(parts, denoiser=PlainDenoiser)
+        base = _assemble(model, folder, None, None, dtype, where, share, observed)
         settings = CalibrationSettings.default(folder, base.default_size)
         calibration = run_calibration(base, folder, settings, on_calibration)
         del base
     if calibration is not None:
         check_calibration(calibration, folder)
-    return _assemble(model, folder, chosen, calibration, dtype, where)
+    return _assemble(model, folder, chosen, calibration, dtype, where, share, parts)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -89,6 +109,8 @@ def _assemble(
     calibration: Calibration | None,
     dtype: str,
     device: torch.device,
+    share: Pipeline | None,
+    parts: Parts,
 ) -> Pipeline:
     loaded = load_transformer(
         folder / "transformer",
@@ -101,8 +123,13 @@ def _assemble(
     return Pipeline(
         display_name(model),
         loaded.model,
-        _opened("text encoder", lambda: TextEncoder(folder, DTYPES[dtype], device)),
-        _opened("VAE", lambda: Decoder(folder, DTYPES[dtype], device)),
+        share.text
+        if share
+        else _opened("text encoder", lambda: parts.text(folder, DTYPES[dtype], device)),
+        share.decoder
+        if share
+        else _opened("VAE", lambda: parts.decoder(folder, DTYPES[dtype], device)),
+        denoiser=parts.denoiser(loaded.model),
         plan=loaded.plan,
         shift=read_shift(folder),
         calibration_digest=loaded.stored.facts.get("calibration_digest")
@@ -138,7 +165,8 @@ def read_shift(folder: Path) -> float:
     return float(raw.get("shift", 1.0))
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; by default CUDA where there is one. Raises UsageError."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

@@ -1,6 +1,7 @@
 """From a prompt to pixels: encode, draw noise, denoise, decode."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -8,9 +9,11 @@ from itertools import count
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.errors import OutOfMemory, UsageError, ZImageError
 from zimage_fp8.layout import PATCH
+from zimage_fp8.model.denoiser import Denoiser, PlainDenoiser
 from zimage_fp8.model.inpainting import blend, inside
 from zimage_fp8.model.sampling import (
     OnStep,
@@ -21,9 +24,10 @@ from zimage_fp8.model.sampling import (
     guide,
     last_part,
     schedule,
+    steps_to_walk,
     transformer_time,
 )
-from zimage_fp8.model.text import TextEncoder
+from zimage_fp8.model.text import PromptEncoder
 from zimage_fp8.model.vae import Decoder
 from zimage_fp8.model.z_image import ZImageTransformer, pad_captions
 from zimage_fp8.provenance import commit, versions
@@ -32,6 +36,7 @@ from zimage_fp8.quant.policy import Plan
 SIZE_MULTIPLE = 16  # the VAE's factor 8 times the transformer's patch of 2
 MAX_STEPS = 200
 MAX_GUIDANCE = 20.0
+STAGE_MARK = "end of stage: "  # what a profiler's timeline shows where a stage ends
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class ImageRequest:
     @property
     def steps_to_run(self) -> int:
         """`steps`, without those that `strength` leaves out."""
-        return self.steps - int(self.steps - self.steps * self.strength)
+        return steps_to_walk(self.steps, self.strength)
 
 
 @dataclass(frozen=True)
@@ -143,21 +148,24 @@ class Pipeline:
         self,
         model: str,
         transformer: ZImageTransformer,
-        text: TextEncoder,
+        text: PromptEncoder,
         decoder: Decoder,
         *,
         plan: Plan,
         shift: float,
         calibration_digest: object = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         self.model = model
         self.transformer = transformer
+        self.denoiser = denoiser or PlainDenoiser(transformer)
         self.text = text
         self.decoder = decoder
         self.plan = plan
         self.shift = shift
         self.calibration_digest = calibration_digest
         self.forwards = 0  # of the transformer, ever: counted, so that nfe is not a formula
+        self.captions = CaptionCache()
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
         sample = int(getattr(decoder.vae.config, "sample_size", 1024))
@@ -182,7 +190,6 @@ class Pipeline:
         """Tokens of a prompt, chat template included. Raises UsageError when it is too long."""
         return len(self.text.tokens(prompt))
 
-    @torch.inference_mode()
     def generate(
         self,
         request: ImageRequest,
@@ -192,10 +199,21 @@ class Pipeline:
         """Draw one picture. `on_step(done, total)` runs after every step and may raise to cancel.
 
         Previews cost one decoding each, timed as the stage `preview`; the picture is the same.
-        Raises UsageError for a request that cannot be drawn, ZImageError when the numbers are not
-        finite.
+        Raises UsageError for a request that cannot be drawn, OutOfMemory when the device has not
+        enough left (the next picture may be drawn), ZImageError when the numbers are not finite.
         """
         self.validate(request)
+        try:
+            return self._generate(request, on_step, previews)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Outside the handler, whose traceback keeps every tensor of the attempt alive.
+        raise self._out_of_memory(request, reason)
+
+    @torch.inference_mode()
+    def _generate(
+        self, request: ImageRequest, on_step: OnStep | None, previews: Previews | None
+    ) -> GeneratedImage:
         clock, before = _Clock(self.device), self.forwards
         velocity = self.velocity(request)
         clock.lap("encode")
@@ -221,6 +239,19 @@ class Pipeline:
             pixels = blend(request.source, pixels, request.mask)
         clock.lap("decode")
         return GeneratedImage(pixels, request, sigmas, self.forwards - before, clock.laps)
+
+    def _out_of_memory(self, request: ImageRequest, reason: str) -> OutOfMemory:
+        self.denoiser.release()
+        self.captions.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = f"{_halved(request.width)}x{_halved(request.height)}"
+        return OutOfMemory(
+            f"{request.width}x{request.height} does not fit into the memory of "
+            f"{_device_name(self.device)}: {reason.partition('. ')[0]}",
+            hint=f"try {smaller}, a policy with fewer BF16 layers, --text-encoder fp8, or "
+            "--offload text-encoder",
+        )
 
     def _previewed(self, velocity: Velocity, previews: Previews, clock: "_Clock") -> Velocity:
         steps = count(1)
@@ -266,29 +297,56 @@ class Pipeline:
         return guided
 
     def _refine(self, prompt: str) -> Tensor:
-        return self.transformer.refine_caption(*pad_captions([self.text.encode(prompt)]))
+        """The refined caption, kept for the next picture of the same prompt."""
+        if (kept := self.captions.get(prompt)) is not None:
+            return kept
+        refined = self.denoiser.refine_caption(*pad_captions([self.text.encode(prompt)]))
+        self.captions.put(prompt, refined)
+        return refined
 
     def _forward(self, latent: Tensor, sigma: float, caption: Tensor) -> Tensor:
         self.forwards += 1
-        t = transformer_time(sigma).to(self.device)
-        output: Tensor = self.transformer(latent, t, caption)
-        return output.float()
+        return self.denoiser.forward(latent, transformer_time(sigma), caption)
 
     def describe(self) -> dict[str, object]:
         """What runs, for logs, records and pictures."""
-        quantized = [self.plan.spec(layer) for layer in self.plan.quantized]
         return {
             "model": self.model,
             "policy": self.policy,
-            "quantized_linears": len(quantized),
+            "quantized_linears": len(self.plan.quantized),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": _device_name(self.device),
-            "attention": "torch scaled_dot_product_attention",
-            "gemm": "torch _scaled_mm (E4M3) and linear" if quantized else "torch linear",
+            **self.denoiser.describe(),
+            "text_encoder": self.text.describe(),
             "calibration": self.calibration_digest,
             "versions": versions(),
             "commit": commit(),
         }
+
+
+class CaptionCache:
+    """Refined captions by prompt, the least recently used forgotten first."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.capacity = capacity
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, prompt: str) -> Tensor | None:
+        if prompt in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
+        self.misses += 1
+        return None
+
+    def put(self, prompt: str, caption: Tensor) -> None:
+        self._kept[prompt] = caption
+        while len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        self._kept.clear()
 
 
 @dataclass
@@ -304,12 +362,17 @@ class _Clock:
     def lap(self, stage: str) -> None:
         now = self._now()
         self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        self._last = now
+        with record_function(STAGE_MARK + stage):
+            self._last = now
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _halved(side: int) -> int:
+    return max(SIZE_MULTIPLE, side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
 
 
 def _device_name(device: torch.device) -> str:

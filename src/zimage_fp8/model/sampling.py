@@ -32,10 +32,14 @@ def calibration_schedule(forwards: int, shift: float) -> tuple[float, ...]:
 def last_part(sigmas: Sequence[float], strength: float) -> tuple[float, ...]:
     """The end of a schedule, when only `strength` (above 0, to 1) of the way is walked.
 
-    At least one step is left; 1 is the whole schedule. Rounds as diffusers does.
+    1 is the whole schedule.
     """
-    steps = len(sigmas) - 1
-    return tuple(sigmas[int(steps - steps * strength) :])
+    return tuple(sigmas[-1 - steps_to_walk(len(sigmas) - 1, strength) :])
+
+
+def steps_to_walk(steps: int, strength: float) -> int:
+    """At least one of `steps`, rounded as diffusers does."""
+    return max(1, steps - int(steps - steps * strength))
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:

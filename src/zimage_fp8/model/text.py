@@ -5,6 +5,7 @@ so tokens after the prompt change nothing: no padding to 512. The last layer, th
 the language-model head feed nothing and are never loaded.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ from zimage_fp8.errors import ModelError, UsageError
 MAX_TOKENS = 512
 
 
-class PromptTokenizer:
-    """Prompts in, token ids out: Qwen's chat template and vocabulary."""
+class PromptEncoder(ABC):
+    """Prompts in, captions out: Qwen's chat template and vocabulary, and a Qwen3 to be chosen."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -44,17 +45,27 @@ class PromptTokenizer:
             )
         return ids
 
+    @abstractmethod
+    def encode(self, prompt: str) -> Tensor:
+        """The caption of one prompt, [tokens, cap_feat_dim] in the model's dtype."""
 
-class TextEncoder(PromptTokenizer):
-    """Prompts in, captions out: [tokens, cap_feat_dim]. transformers' Qwen3, on any device."""
+    @abstractmethod
+    def describe(self) -> str:
+        """What encodes, in a few words, for the record."""
+
+
+class TextEncoder(PromptEncoder):
+    """transformers' Qwen3, on any device: the reference."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(folder)
         self.model = _load_qwen3(folder / "text_encoder", dtype).to(device)
         self.device = device
 
+    def describe(self) -> str:
+        return "transformers"
+
     def encode(self, prompt: str) -> Tensor:
-        """The caption of one prompt, [tokens, cap_feat_dim] in the model's dtype."""
         ids = torch.tensor([self.tokens(prompt)], device=self.device)
         caption: Tensor = self.model(input_ids=ids, use_cache=False).last_hidden_state[0]
         return caption

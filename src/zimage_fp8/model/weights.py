@@ -22,15 +22,25 @@ from zimage_fp8.layout import linear_shapes, members_of, read_config, tensor_sha
 from zimage_fp8.model.z_image import ZImageTransformer
 from zimage_fp8.numerics import QuantSpec
 from zimage_fp8.quant.calibrate import Calibration
-from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
+from zimage_fp8.quant.fold import Factors, channel_factors, folded
+from zimage_fp8.quant.linear import (
+    QuantLinear,
+    quantize_weight,
+    weight_amax,
+    weight_scales,
+)
+from zimage_fp8.quant.method import Method, folded_modules
 from zimage_fp8.quant.policy import PRESETS, Plan, Policy, resolve
 
 
 @dataclass(frozen=True)
 class LoadedTransformer:
+    """factors: what the inputs of layers quantized while loading were multiplied by."""
+
     model: ZImageTransformer
     plan: Plan
     stored: StoredQuantization | None
+    factors: Factors
 
 
 def load_transformer(
@@ -44,13 +54,14 @@ def load_transformer(
     """Load `folder` (a transformer/ folder) under a policy.
 
     A quantized checkpoint brings its own plan; asking it for another policy is a UsageError. A
-    static policy on a BF16 model needs `calibration`. Raises CheckpointError listing every
+    static policy on a BF16 model needs `calibration`; rotated layers have their channel scales
+    folded when it is given. Raises CheckpointError listing every
     missing, unexpected, mis-shaped or mis-typed tensor and every impossible scale before anything
     is loaded.
     """
     config, raw = read_config(folder)
     shapes, linears = tensor_shapes(config), linear_shapes(config)
-    stored = read_stored(raw, list(linears))
+    stored = read_stored(raw, linears)
     plan = _choose_plan(folder, stored, policy, resolve(policy or PRESETS["bf16_base"], linears))
     on_disk = stored.plan if stored else resolve(PRESETS["bf16_base"], linears)
     with ShardReader(folder) as reader:
@@ -62,9 +73,13 @@ def load_transformer(
             )
         with torch.device("meta"):
             model = ZImageTransformer(config)
-        source = _Source(reader, stored is not None, plan, calibration, dtype, device)
+        factors: Factors = {}
+        if stored is None and calibration is not None:
+            modules = folded_modules(plan, Method())
+            factors = channel_factors(modules, reader.read, calibration.channel_amax)
+        source = _Source(reader, stored is not None, plan, calibration, factors, dtype, device)
         _fill(model, source)
-    return LoadedTransformer(model.eval(), plan, stored)
+    return LoadedTransformer(model.eval(), plan, stored, factors)
 
 
 def _choose_plan(
@@ -90,14 +105,19 @@ class _Source:
     is_quantized: bool
     plan: Plan
     calibration: Calibration | None
+    factors: Factors
     dtype: torch.dtype
     device: torch.device
 
+    def read(self, name: str) -> Tensor:
+        return folded(name, self.reader.read(name, self.device), self.factors)
+
     def floats(self, name: str) -> Tensor:
-        return self.reader.read(name, self.device).to(self.dtype)
+        return self.read(name).to(self.dtype)
 
     def scalar(self, name: str) -> Tensor:
-        return self.reader.read(name).reshape(()).to(self.device)
+        """On the CPU, where comparing it does not wait for the device."""
+        return self.reader.read(name).reshape(())
 
 
 def _fill(model: ZImageTransformer, source: _Source) -> None:
@@ -121,13 +141,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _quantized(members: tuple[str, ...], spec: QuantSpec, source: _Source) -> QuantLinear:
     if source.is_quantized:
         return _stored_linear(members, spec, source)
-    weight = torch.cat([source.reader.read(f"{m}.weight", source.device) for m in members])
+    weight = torch.cat([source.read(f"{m}.weight") for m in members])
     (scale,) = weight_scales([weight_amax(weight, spec)], spec)
     input_scale = None
     if spec.is_static:
         if source.calibration is None:
             raise ValueError(f"{members[0]}: a static policy needs a calibration")
-        input_scale = source.calibration.input_scale(members[0], spec).to(source.device)
+        input_scale = source.calibration.input_scale(members[0], spec, source.factors)
+        input_scale = input_scale.to(source.device)
     return QuantLinear(spec, quantize_weight(weight, scale, spec), scale, input_scale)
 
 
@@ -146,7 +167,7 @@ def _stored_linear(members: tuple[str, ...], spec: QuantSpec, source: _Source) -
                 str(source.reader.folder),
                 [f"{', '.join(members)}: share one input but have different input_scale"],
             )
-        input_scale = scales[0]
+        input_scale = scales[0].to(source.device)
     return QuantLinear(spec, torch.cat(codes), scale.to(source.device), input_scale)
 
 
@@ -155,3 +176,18 @@ def _shared_or_per_row(scales: list[Tensor], codes: list[Tensor]) -> Tensor:
     if len({scale.item() for scale in scales}) == 1:
         return scales[0]
     return torch.cat([s.expand(len(c)) for s, c in zip(scales, codes, strict=True)])
+
+
+@torch.no_grad()
+def fold_transformer(model: ZImageTransformer, factors: Factors) -> None:
+    """Fold channel scales into an unquantized model in memory. It computes the same bits after.
+
+    Layers of a checkpoint folded with the same factors can then take their counterparts' places.
+    """
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        members = members_of(module)
+        parts = parameter.chunk(len(members))
+        names = [f"{member}.{leaf}" if member else leaf for member in members]
+        pairs = zip(names, parts, strict=True)
+        parameter.copy_(torch.cat([folded(n, part, factors) for n, part in pairs]))

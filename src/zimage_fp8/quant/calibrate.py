@@ -1,7 +1,8 @@
 """What static activation scales are made of: the largest input each linear ever saw.
 
 Calibration runs the real, unquantized denoise loop and records max |x| of every quantizable
-linear's input, per step. It does not depend on the policy, so one run serves all of them.
+linear's input, per step and per channel. It does not depend on the policy, so one run serves all of
+them.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.layout import members_of
-from zimage_fp8.numerics import QuantSpec, amax, scale_of
+from zimage_fp8.layout import fused_name, members_of
+from zimage_fp8.numerics import QuantSpec, scale_of
+from zimage_fp8.quant.fold import Factors
 
-SCHEMA = 1
+NO_FACTORS: Factors = {}
+SCHEMA = 2  # 1 had no channel_amax
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Calibration:
     """Input amax of every quantizable linear, and everything needed to repeat the measurement.
 
     amax: linear name -> fp32 maxima over all prompts, one per DiT forward (one in all for the
-    context refiner, which does not depend on the step). sigmas: `steps + 1` values ending in 0.
+    context refiner, which does not depend on the step). channel_amax: fused module -> one maximum
+    per input channel, over prompts and steps. sigmas: `steps + 1` values ending in 0.
     """
 
     model: str
@@ -41,15 +45,26 @@ class Calibration:
     dtype: str
     versions: Mapping[str, str]
     amax: Mapping[str, tuple[float, ...]]
+    channel_amax: Mapping[str, tuple[float, ...]]
 
     @property
     def digest(self) -> str:
         """A short hash of the whole calibration, stated in every checkpoint made from it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
-    def input_scale(self, layer: str, spec: QuantSpec) -> Tensor:
-        """The static scale of one linear's input: fp32 []."""
-        return scale_of(torch.tensor(max(self.amax[layer]), dtype=torch.float32), spec.format)
+    def input_scale(
+        self, layer: str, spec: QuantSpec, factors: Factors = NO_FACTORS, headroom: float = 1.0
+    ) -> Tensor:
+        """The static scale of one linear's input: fp32 [].
+
+        factors: what the input's channels are multiplied by, where channel scales were folded.
+        headroom: how far beyond the largest calibrated input the scale reaches.
+        """
+        largest = torch.tensor(max(self.amax[layer]), dtype=torch.float32)
+        if (module := fused_name(layer)) in factors:
+            channels = torch.tensor(self.channel_amax[module], dtype=torch.float32)
+            largest = (channels * factors[module].cpu()).amax()
+        return scale_of(largest * headroom, spec.format)
 
     def to_json(self) -> str:
         raw = {"schema": SCHEMA, **asdict(self)}
@@ -71,14 +86,19 @@ def read_calibration(path: Path) -> Calibration:
     except (OSError, ValueError) as error:
         raise ZImageError(f"calibration file {path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
-        raise ZImageError(f"calibration file {path} is not a calibration of schema {SCHEMA}")
+        raise ZImageError(
+            f"calibration file {path} is not a calibration of schema {SCHEMA}",
+            hint="calibrate again: name a file that does not exist yet",
+        )
     try:
-        raw["amax"] = {name: tuple(values) for name, values in raw["amax"].items()}
+        for key in ("amax", "channel_amax"):
+            raw[key] = {name: tuple(values) for name, values in raw[key].items()}
         raw["prompts"], raw["sigmas"] = tuple(raw["prompts"]), tuple(raw["sigmas"])
         calibration = Calibration(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise ZImageError(f"calibration file {path} lacks a field: {error}") from None
     check_amax(calibration.amax)
+    check_amax(calibration.channel_amax)
     return calibration
 
 
@@ -99,21 +119,28 @@ def check_amax(amax: Mapping[str, Sequence[float]]) -> None:
 
 @dataclass
 class Observer:
-    """Running maxima: module name -> step -> fp32 []. `step` is set by the denoise loop."""
+    """Running maxima: module name -> step -> fp32 [in]. `step` is set by the denoise loop."""
 
     maxima: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     step: int = 0
 
     def record(self, module: str, x: Tensor) -> None:
-        seen, value = self.maxima.setdefault(module, {}), amax(x)
+        seen, value = self.maxima.setdefault(module, {}), x.abs().flatten(0, -2).amax(0).float()
         seen[self.step] = torch.maximum(seen[self.step], value) if self.step in seen else value
 
     def result(self) -> dict[str, tuple[float, ...]]:
         """Per linear on disk; members of a fused group share their input and so their amax."""
         return {
-            member: tuple(seen[step].item() for step in sorted(seen))
+            member: tuple(seen[step].amax().item() for step in sorted(seen))
             for module, seen in self.maxima.items()
             for member in members_of(module)
+        }
+
+    def channels(self) -> dict[str, tuple[float, ...]]:
+        """Per module, the maximum of every input channel over all steps."""
+        return {
+            module: tuple(torch.stack(list(seen.values())).amax(0).tolist())
+            for module, seen in self.maxima.items()
         }
 
 

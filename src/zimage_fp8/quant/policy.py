@@ -14,7 +14,7 @@ and the last rule is explicit. Resolving a policy against a model's layers gives
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -58,20 +58,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """A named, ordered list of rules; `summary` is one sentence for people."""
+    """A named, ordered list of rules; `summary` is one sentence for people.
+
+    online: quantized while loading and never calibrated, so there is no checkpoint to make.
+    """
 
     name: str
     summary: str
     rules: tuple[Rule, ...]
+    online: bool = False
 
     @property
     def specs(self) -> set[QuantSpec]:
         return {rule.spec for rule in self.rules if rule.spec is not None}
 
     @property
-    def is_static(self) -> bool:
-        """True when the policy needs calibration."""
-        return any(spec.is_static for spec in self.specs)
+    def needs_calibration(self) -> bool:
+        """Static scales are measured, and so are the channel scales folded before a rotation."""
+        return not self.online and any(spec.is_static or spec.rotate for spec in self.specs)
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,12 @@ OUT = "*.attention.to_out.0"
 TARGET_WHY = {FFN: "feed-forward", QKV: "attention q, k, v", OUT: "attention output"}
 
 
-def _preset(name: str, summary: str, targets: tuple[str, ...], spec: QuantSpec) -> Policy:
+def _preset(
+    name: str, summary: str, targets: tuple[str, ...], spec: QuantSpec, *, online: bool = False
+) -> Policy:
     chosen = tuple(Rule(target, spec, f"{name}: {TARGET_WHY[target]}") for target in targets)
     rest = Rule("*", None, f"not part of {name}")
-    return Policy(name, summary, (*ALWAYS_KEPT, *chosen, rest))
+    return Policy(name, summary, (*ALWAYS_KEPT, *chosen, rest), online)
 
 
 _STATIC: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -140,6 +146,7 @@ PRESETS: dict[str, Policy] = {
         "All linears of every block, quantized while loading; one activation scale per token.",
         (FFN, QKV, OUT),
         E4M3_DYNAMIC,
+        online=True,
     ),
     **{name: _preset(name, text, parts, E4M3_STATIC) for name, (text, parts) in _STATIC.items()},
     "fp8-row": _preset(
@@ -150,9 +157,17 @@ PRESETS: dict[str, Policy] = {
     ),
     "int8-rot": _preset(
         "int8-rot",
-        "All linears of every block in INT8, rotated: a scale per output row, one per token.",
+        "All linears of every block in INT8, channel scales folded, then rotated; one weight scale "
+        "per output row, one input scale per token.",
         (FFN, QKV, OUT),
         INT8_ROT,
+    ),
+    "online_int8-rot": _preset(
+        "online_int8-rot",
+        "As int8-rot, quantized while loading: nothing is calibrated, so no channel scales folded.",
+        (FFN, QKV, OUT),
+        INT8_ROT,
+        online=True,
     ),
 }
 
@@ -194,7 +209,9 @@ def _restrict(preset: Policy, name: str, selection: str) -> Policy:
             for block in blocks
         ]
         rules = (*head, *chosen, Rule("*", None, f"outside [{selection}]"))
-    return Policy(name, f"{preset.summary} Blocks: [{selection}].", rules)
+    return replace(
+        preset, name=name, summary=f"{preset.summary} Blocks: [{selection}].", rules=rules
+    )
 
 
 REFINERS = {

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from zimage_fp8.evaluate import psnr_db
 from zimage_fp8.heatmap import HeatMap
+from zimage_fp8.layout import KINDS
 from zimage_fp8.sensitivity.result import Sensitivity
-from zimage_fp8.sensitivity.units import ALL, KINDS
+from zimage_fp8.sensitivity.units import ALL
 
 SHOWN = 8  # the worst so many units of a scan are listed
 EVERY = "all blocks"
@@ -19,7 +20,7 @@ def report_text(found: Sensitivity, files: Sequence[Path]) -> str:
     prompts = settings["prompts"]
     assert isinstance(prompts, list)
     lines = [
-        f"{settings['model']}, policy {settings['policy']}, {len(prompts)} prompts, "
+        f"{settings['model']}, policy {settings['policy']}, prompts: {len(prompts)}, "
         f"{settings['size']}, {settings['steps']} steps, {settings['dtype']} elsewhere",
         f"everything quantized: {_db(found, ALL)} (latent error {found.latent_error(ALL):.2%})",
     ]
@@ -69,7 +70,7 @@ def heat_maps(found: Sensitivity) -> list[HeatMap]:
     rows = list(dict.fromkeys(row for row, _ in values if row != EVERY))
     policy, prompts = found.settings["policy"], found.settings["prompts"]
     assert isinstance(prompts, list)
-    title = f"PSNR (dB) with only this in 8 bits: {policy}, {len(prompts)} prompts"
+    title = f"PSNR (dB) with only this in 8 bits: {policy}, prompts: {len(prompts)}"
     maps = [HeatMap(title, [*rows, EVERY], [*KINDS.values(), BLOCK], values, is_bad_low=True)]
     if steps := found.of("steps"):
         names = {key: key.partition(":")[2] for key in steps}

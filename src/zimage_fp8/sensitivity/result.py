@@ -1,4 +1,4 @@
-"""Results of a scan: written after every unit, so that an interrupted run goes on where it ended."""
+"""Results of a scan, written after every unit: an interrupted run goes on where it ended."""
 
 import json
 from collections.abc import Mapping

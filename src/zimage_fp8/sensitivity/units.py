@@ -10,19 +10,15 @@ from torch import Tensor, nn
 
 from zimage_fp8.errors import UsageError
 from zimage_fp8.evaluate import Drawn, Subject, difference, draw, exchanged
+from zimage_fp8.layout import block_of, kind_of
 from zimage_fp8.model.pipeline import ImageRequest
 from zimage_fp8.model.sampling import Velocity
+from zimage_fp8.model.text import TextEncoder
 from zimage_fp8.numerics import E4M3_ROW, INT8_ROT, QuantSpec
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
 from zimage_fp8.sensitivity.result import Sensitivity, resume, write
 
 SCANS = ("kinds", "blocks", "steps", "text", "cells")
-KINDS = {
-    "attention.to_qkv": "qkv",
-    "attention.to_out.0": "out",
-    "feed_forward.w13": "w13",
-    "feed_forward.w2": "w2",
-}
 ALL = "all"
 CAPTION = "caption"  # the context refiner: it runs once per prompt, in no step
 TEXT_SPECS: dict[str, QuantSpec] = {"e4m3-row": E4M3_ROW, "int8-rot": INT8_ROT}
@@ -39,16 +35,6 @@ class Unit:
     modules: tuple[str, ...] = ()
     step: int | None = None
     text: QuantSpec | None = None
-
-
-def kind_of(module: str) -> str:
-    """`layers.7.feed_forward.w2` -> `w2`."""
-    return next(kind for suffix, kind in KINDS.items() if module.endswith(f".{suffix}"))
-
-
-def block_of(module: str) -> str:
-    """`layers.7.feed_forward.w2` -> `layers.7`."""
-    return ".".join(module.split(".")[:2])
 
 
 def plan_units(modules: Sequence[str], steps: int, scans: Sequence[str]) -> list[Unit]:
@@ -118,7 +104,9 @@ def draw_with(subject: Subject, request: ImageRequest, unit: Unit) -> Drawn:
     transformer = subject.pipeline.transformer
     with ExitStack() as stack:
         if unit.text is not None:
-            stack.enter_context(quantized_text(subject.pipeline.text.model, unit.text))
+            encoder = subject.pipeline.text
+            assert isinstance(encoder, TextEncoder)  # as `load_subject` chooses it
+            stack.enter_context(quantized_text(encoder.model, unit.text))
         if unit.step is None:
             stack.enter_context(exchanged(transformer, chosen))
             return draw(subject.pipeline, request)

@@ -1,45 +1,64 @@
 """The models behind one server: which one a request means, and what /v1/models says of each."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterator, Mapping
 
-from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 from starlette.exceptions import HTTPException
 
-from zimage_fp8.errors import ZImageError
 from zimage_fp8.serve.jobs import Engine
 
 JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
-
-
-@dataclass(frozen=True)
-class Model:
-    """One engine under its name. facts: its self-description; card: its line in /v1/models."""
-
-    name: str
-    engine: Engine
-    card: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def policy(self) -> str:
-        return self.engine.policy
+Card = Mapping[str, object]  # what else /v1/models tells of a model
 
 
 class Catalog:
-    """Models by name; the first one serves every name that is not among them."""
+    """Engines by name. The first one also serves every name that is not among them.
 
-    def __init__(self, models: Sequence[Model]) -> None:
-        self._models = {model.name: model for model in models}
-        self.default = models[0]
-        # Asked once: it runs git and reads package versions.
+    facts: the self-description of each engine, asked once: it runs git and reads package versions.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], cards: Mapping[str, Card] | None = None
+    ) -> None:
+        if not engines:
+            raise ValueError("a server needs at least one engine")
+        self.engines = dict(engines)
+        self.default = next(iter(engines))
         self.facts = {
-            model.name: JSON_OBJECT.validate_python(model.engine.describe()) for model in models
+            name: JSON_OBJECT.validate_python(engine.describe()) for name, engine in engines.items()
         }
+        self._cards = cards or {}
         self._created = int(time.time())
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self._models.values())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.engines)
+
+    def name_for(self, asked: str | None) -> str:
+        """The model that draws for somebody who asks for `asked`: clients hard-code names."""
+        return asked if asked in self.engines else self.default
+
+    def warning_for(self, asked: str | None) -> str | None:
+        """What to tell who asks for another model, where there is a choice to get wrong."""
+        if asked is None or asked in self.engines or len(self.engines) == 1:
+            return None
+        return f"model {asked[:60]!r} is not served here; {self.default!r} drew the picture"
+
+    def cards(self) -> list[dict[str, object]]:
+        return [self.card(name) for name in self]
+
+    def card(self, name: str) -> dict[str, object]:
+        """A line of /v1/models. Raises HTTPException 404."""
+        engine = self.engines.get(name)
+        if engine is None:
+            raise HTTPException(404, f"no model {name[:60]!r} here, only {', '.join(self)}")
+        width, height = engine.default_size
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "zimage-fp8",
+            "policy": engine.policy,
+            "default_size": f"{width}x{height}",
+            **self._cards.get(name, {}),
+        }

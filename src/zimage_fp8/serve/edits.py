@@ -1,11 +1,12 @@
 """POST /v1/images/edits: a form with files, as OpenAI's client sends it, or JSON with data URLs."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from PIL import Image
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zimage_fp8.errors import UsageError
@@ -41,23 +42,32 @@ class Edit:
     image: bytes
     mask: bytes | None
 
-    def on_request(self, first: ImageRequest, most: tuple[int, int]) -> ImageRequest:
-        """`first` with the pictures, decoded, in the size to be drawn. Takes milliseconds.
+    def open(self, most: tuple[int, int]) -> "Pictures":
+        """The pictures, decoded, and the size to draw; `auto` is the source's, at most `most`.
 
-        most: how large `auto` may get. Raises UsageError when a picture cannot be used.
+        Takes up to a second. Raises UsageError when a picture cannot be used.
         """
         source = open_picture(self.image, "image")
         mask = open_picture(self.mask, "mask") if self.mask is not None else None
         is_auto = self.wanted.size == "auto"
         size = natural_size(source, most) if is_auto else parse_size(self.wanted.size)
-        return replace(
-            first,
-            width=size[0],
-            height=size[1],
-            strength=self.wanted.strength_for(mask is not None),
-            source=pixels_of(source, size),
-            mask=mask_of(mask, source, size) if mask is not None else None,
-        )
+        return Pictures(source, mask, size, self.wanted.strength_for(mask is not None))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What an edit starts from."""
+
+    source: Image.Image
+    mask: Image.Image | None
+    size: tuple[int, int]
+    strength: float
+
+    def put_into(self, request: ImageRequest) -> ImageRequest:
+        """`request`, of a size that was allowed, with its source and mask. Raises UsageError."""
+        mask = mask_of(self.mask, self.source, self.size) if self.mask else None
+        source = pixels_of(self.source, self.size)
+        return replace(request, strength=self.strength, source=source, mask=mask)
 
 
 async def parse_edit(request: Request, body: bytes) -> Edit:
@@ -76,20 +86,11 @@ async def parse_edit(request: Request, body: bytes) -> Edit:
 
 
 async def _from_form(request: Request, body: bytes) -> Edit:
-    fields: dict[str, str] = {}
-    files: dict[str, list[bytes]] = {name: [] for name in PICTURES}
-    for sent_name, value in await _parts(request, body):
-        name = sent_name.removesuffix("[]")
-        if isinstance(value, UploadFile):
-            if name not in files:
-                raise UsageError(f"a file is not expected as {name[:60]!r}", param=name[:60])
-            files[name].append(await value.read())
-        elif name in files:
-            raise UsageError(f"{name} must be a file in a form", param=name)
-        elif name in fields:
-            raise UsageError(f"{name[:60]!r} was sent twice", param=name[:60])
-        else:
-            fields[name] = value
+    form = await _parsed_form(request, body)
+    try:
+        fields, files = await _sorted(form.multi_items())
+    finally:
+        await form.close()
     wanted = parse_edits_request({"prompt": "", **fields})
     if len(files["mask"]) > 1:
         raise UsageError("the mask was sent twice", param="mask")
@@ -97,26 +98,45 @@ async def _from_form(request: Request, body: bytes) -> Edit:
     return Edit(wanted, image, files["mask"][0] if files["mask"] else None)
 
 
-async def _parts(request: Request, body: bytes) -> list[tuple[str, UploadFile | str]]:
-    async def once() -> AsyncIterator[bytes]:
+async def _parsed_form(request: Request, body: bytes) -> FormData:
+    async def once() -> AsyncGenerator[bytes]:
         yield body
 
     parser = MultiPartParser(
         request.headers,
-        once(),  # type: ignore[arg-type]  # declared as a generator, only iterated
+        once(),
         max_fields=MAX_FIELDS,
         max_part_size=MAX_PROMPT_LENGTH * BYTES_PER_LETTER,
     )
     parser.spool_max_size = len(body)  # in memory already; nothing of it goes to a disk
+    if not body.rstrip(b"\r\n").endswith(b"--"):  # which the parser would take for its end
+        raise UsageError("the form cannot be read: it breaks off before its closing boundary")
     try:
-        form = await parser.parse()
+        return await parser.parse()
     except MultiPartException as error:
         raise UsageError(f"the form cannot be read: {error.message}") from None
-    except (LookupError, UnicodeDecodeError):
-        raise UsageError(
-            "the form cannot be read: its text is not in the charset it says"
-        ) from None
-    return list(form.multi_items())
+
+
+async def _sorted(
+    parts: Sequence[tuple[str, UploadFile | str]],
+) -> tuple[dict[str, str], dict[str, list[bytes]]]:
+    """Text fields by name, and the files of each picture's name. Raises UsageError."""
+    fields: dict[str, str] = {}
+    files: dict[str, list[bytes]] = {name: [] for name in PICTURES}
+    for sent_name, value in parts:
+        name = sent_name.removesuffix("[]")
+        shown = name[:60]
+        if isinstance(value, UploadFile):
+            if name not in files:
+                raise UsageError(f"a file is not expected as {shown!r}", param=shown)
+            files[name].append(await value.read())
+        elif name in files:
+            raise UsageError(f"{name} must be a file in a form", param=name)
+        elif name in fields:
+            raise UsageError(f"{shown!r} was sent twice", param=shown)
+        else:
+            fields[name] = value
+    return fields, files
 
 
 def _the_only(pictures: Sequence[Picture]) -> Picture:

@@ -8,20 +8,22 @@ import http
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.errors import OutOfMemory, UsageError, ZImageError
 from zimage_fp8.protocol import ApiError, ErrorAnswer, UnsupportedField
-from zimage_fp8.serve.jobs import JobCancelled, Overloaded, QueueClosed, TooSlow
+from zimage_fp8.serve.jobs import EngineLost, JobCancelled, Overloaded, QueueClosed, TooSlow
 
 # The engine's own names of what the wire calls otherwise.
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 # OpenAI's client would otherwise send twice more what failed for a lasting reason.
 DO_NOT_RETRY = {"x-should-retry": "false"}
+
+# Python calls it "Request Entity Too Large" until 3.12.
+HTTP_CODES = {413: "content_too_large"}
 
 CLIENT_GONE = 499  # nginx's number for a client that closed the connection
 
@@ -91,7 +93,7 @@ def _http(error: Exception) -> Failure:
     return Failure(
         error.status_code,
         "invalid_request_error",
-        phrase.replace(" ", "_"),
+        HTTP_CODES.get(error.status_code, phrase.replace(" ", "_")),
         error.detail if error.detail.lower() != phrase else f"{phrase}: see /docs for what is here",
         error.headers or {},
     )
@@ -117,13 +119,14 @@ FAILURES: dict[type[Exception], Callable[[Exception], Failure]] = {
     QueueClosed: lambda _: Failure(
         503, "server_error", "shutting_down", "the server is shutting down", {"retry-after": "5"}
     ),
+    EngineLost: lambda _: Failure(
+        503,
+        "server_error",
+        "engine_lost",
+        "the device is lost; this server must be started again",
+        {"retry-after": "30"},
+    ),
     JobCancelled: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
     ClientDisconnect: lambda _: Failure(CLIENT_GONE, "server_error", "cancelled"),
-    torch.OutOfMemoryError: lambda _: Failure(
-        500,
-        "server_error",
-        "out_of_memory",
-        "the GPU's memory is too small for this picture; ask for a smaller size",
-        DO_NOT_RETRY,
-    ),
+    OutOfMemory: lambda _: Failure(500, "server_error", "out_of_memory", headers=DO_NOT_RETRY),
 }

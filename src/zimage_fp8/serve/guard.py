@@ -1,5 +1,6 @@
 """Who may ask, and how much: API keys, foreign web pages, the size of a body."""
 
+import base64
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from zimage_fp8.serve.failures import Failure, answer
 # which is the same for everybody, is where a person enters one.
 OPEN_PATHS = ("/health", "/ready", "/")
 OPEN_PREFIXES = ("/v1/pictures/", "/playground/")
+
+# A1111's clients know user and password only: there the password is the key.
+BASIC_PREFIX = "/sdapi/"
 
 UNAUTHORIZED = Failure(
     401, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
@@ -49,10 +53,10 @@ class Guard:
         path = scope["path"]
         if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
             return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        key = _key_of(headers, is_basic=path.startswith(BASIC_PREFIX))
+        if not key:
             return UNAUTHORIZED, "no API key: send it as Authorization: Bearer KEY"
-        if not self._is_known(key.strip()):
+        if not self._is_known(key):
             return UNAUTHORIZED, "this API key is not known here"
         return None
 
@@ -64,6 +68,18 @@ class Guard:
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return False
         return "*" not in self._origins and headers.get("origin") not in self._origins
+
+
+def _key_of(headers: Headers, *, is_basic: bool) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    if scheme.lower() == "basic" and is_basic:
+        try:
+            return base64.b64decode(key).decode().partition(":")[2]
+        except ValueError:
+            return ""
+    return ""
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:

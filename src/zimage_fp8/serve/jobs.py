@@ -28,8 +28,21 @@ log = logging.getLogger(__name__)
 MAX_RETRY_AFTER_S = 120
 
 
+class Lookups(Protocol):
+    """How often a cache had what was asked of it, and had not."""
+
+    hits: int
+    misses: int
+
+
 class Engine(Protocol):
-    """What the server asks of a pipeline. `generate` is only ever called by one thread."""
+    """What the server asks of a pipeline. `generate` is only ever called by one thread.
+
+    captions: its cache of encoded prompts.
+    """
+
+    @property
+    def captions(self) -> Lookups: ...
 
     @property
     def model(self) -> str: ...
@@ -146,15 +159,11 @@ class Job:
         try:
             self._stop_if_unwanted(0, self.request.steps_to_run)
             image = self.engine.generate(self.request, self._stop_if_unwanted, self.previews)
-        except torch.OutOfMemoryError as error:
-            # Its traceback would keep alive the tensors for which there is no room.
-            self.future.set_exception(error.with_traceback(None))
-            return
+            if not self.is_warm_up:
+                pace.learn(self, time.perf_counter() - started)
         except BaseException as error:  # noqa: BLE001  the waiting client must hear of all of them
             self.future.set_exception(error)
             return
-        if not self.is_warm_up:
-            pace.learn(self, time.perf_counter() - started)
         self.future.set_result(image)
 
     def _stop_if_unwanted(self, done: int, total: int) -> None:
@@ -171,7 +180,7 @@ def probe_device() -> None:
 
 
 # After these nothing is broken; after any other failure the device is probed.
-HARMLESS = (ZImageError, JobCancelled, torch.OutOfMemoryError)
+HARMLESS = (ZImageError, JobCancelled)
 
 
 class JobQueue:
@@ -219,16 +228,22 @@ class JobQueue:
         for job in jobs:
             job.order = order
         with self._changed:
+            waiting = self.refuse_if_full()
+            if patience_s is not None:
+                self._refuse_if_too_slow(jobs, waiting, patience_s)
+            self._waiting.add(jobs)
+            self._changed.notify()
+
+    def refuse_if_full(self) -> list[Job]:
+        """The jobs that wait, if there is room for more. Raises QueueFull and what closed it."""
+        with self._changed:
             if self._closed:
                 raise self._closed()
             waiting = self._wanted()
             if len(waiting) >= self.max_waiting:
                 until_next = self.pace.estimate_s([], self._running)
                 raise QueueFull(f"{len(waiting)} pictures are waiting already", until_next)
-            if patience_s is not None:
-                self._refuse_if_too_slow(jobs, waiting, patience_s)
-            self._waiting.add(jobs)
-            self._changed.notify()
+            return waiting
 
     def drain(self) -> None:
         """Take nothing new, and refuse every request of which no picture has begun."""
@@ -273,7 +288,7 @@ class JobQueue:
             job.run(self.pace)
             self._running = None
             if (error := job.future.exception()) is not None:
-                self._recover(error)
+                self._doubt_device(error)
 
     def _next_job(self) -> Job | None:
         with self._changed:
@@ -284,10 +299,8 @@ class JobQueue:
             job.order.has_begun = True
             return job
 
-    def _recover(self, error: BaseException) -> None:
-        """Make room after running out of memory; give up when the device is broken."""
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # fragments that no other picture could use
+    def _doubt_device(self, error: BaseException) -> None:
+        """Give up when the device is broken."""
         if isinstance(error, HARMLESS):
             return
         try:

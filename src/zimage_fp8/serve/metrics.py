@@ -1,15 +1,17 @@
 """What Prometheus may read at /metrics: one registry per app, and no prompt in any label."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
 
 from zimage_fp8 import __version__
 from zimage_fp8.model.pipeline import GeneratedImage
-from zimage_fp8.serve.jobs import Job, JobCancelled, JobQueue
+from zimage_fp8.serve.catalog import Catalog
+from zimage_fp8.serve.jobs import Engine, Job, JobCancelled, JobQueue
 
 NAMESPACE = "zimage_fp8"
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -24,12 +26,30 @@ STAGES = {
 }
 
 
+class _PromptCache:
+    """Counters that the engines keep themselves: read, not counted again."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            f"{NAMESPACE}_prompt_cache",
+            "Prompts that were encoded already, and that were not.",
+            labels=("model", "result"),
+        )
+        for name, engine in self._engines.items():
+            family.add_metric((name, "hit"), engine.captions.hits)
+            family.add_metric((name, "miss"), engine.captions.misses)
+        yield family
+
+
 class Metrics:
-    """Counts answers and finished jobs; asks the queue for its length when read."""
+    """Counts answers and finished jobs; asks queue and engines for the rest when read."""
 
     media_type = CONTENT_TYPE_PLAIN_0_0_4
 
-    def __init__(self, queue: JobQueue, server: Mapping[str, object]) -> None:
+    def __init__(self, queue: JobQueue, catalog: Catalog) -> None:
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -52,7 +72,7 @@ class Metrics:
             "denoise_step_seconds", "Mean step of a finished picture.", buckets=STEP_SECONDS
         )
         self._stage = seconds("stage_seconds", "A stage of a finished picture.", "stage")
-        self._images = counter("images_total", "Pictures drawn.")
+        self._images = counter("images_total", "Pictures drawn.", "model")
         self._pixels = counter("image_pixels_total", "Pixels drawn.")
         self._cancelled = counter("cancelled_total", "Pictures given up: the client left.")
         gauge("queue_depth", "Pictures waiting.").set_function(lambda: queue.num_waiting)
@@ -61,9 +81,10 @@ class Metrics:
         memory.labels("allocated").set_function(torch.cuda.memory_allocated)
         memory.labels("reserved").set_function(torch.cuda.memory_reserved)
         memory.labels("peak_allocated").set_function(torch.cuda.max_memory_allocated)
-        facts = {"version": __version__, "policy": server["policy"], "gpu": server["device"]}
-        build = Info("build", "What runs here.", namespace=NAMESPACE, registry=registry)
-        build.info({key: str(value) for key, value in facts.items()})
+        build = gauge("build_info", "What runs here.", "version", "model", "policy", "gpu")
+        for model, server in catalog.facts.items():
+            build.labels(__version__, model, str(server["policy"]), str(server["device"])).set(1)
+        registry.register(_PromptCache(catalog.engines))
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -76,11 +97,11 @@ class Metrics:
         """A picture was written as png, webp or jpeg."""
         self._stage.labels("encode").observe(took_s)
 
-    def watch(self, job: Job) -> None:
+    def watch(self, job: Job, model: str) -> None:
         """Count `job` when it ends."""
-        job.future.add_done_callback(lambda future: self._count(job, future))
+        job.future.add_done_callback(lambda future: self._count(job, model, future))
 
-    def _count(self, job: Job, future: Future[GeneratedImage]) -> None:
+    def _count(self, job: Job, model: str, future: Future[GeneratedImage]) -> None:
         error = future.exception()
         if isinstance(error, JobCancelled):
             self._cancelled.inc()
@@ -88,8 +109,8 @@ class Metrics:
             return
         image = future.result()
         self._queue_wait.observe(job.queued_s)
-        self._step.observe(image.timings_s["denoise"] / image.request.steps)
+        self._step.observe(image.timings_s["denoise"] / image.request.steps_to_run)
         for stage, took_s in image.timings_s.items():
             self._stage.labels(STAGES.get(stage, stage)).observe(took_s)
-        self._images.inc()
+        self._images.labels(model).inc()
         self._pixels.inc(image.request.width * image.request.height)

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zimage_fp8.serve.failures import INTERNAL, answer
+from zimage_fp8.serve.logs import request_id
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
+        identity = _request_id(Headers(scope=scope))
+        token = request_id.set(identity)
         started = time.perf_counter()
         status = 0
 
@@ -42,22 +44,30 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = identity
                 headers["openai-processing-ms"] = str(_elapsed_ms(started))
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception:  # the last line of defence: whatever it was, the client gets an answer
-            log.exception("request %s failed", request_id)
+            log.exception("the request failed")
             if status == 0:
                 await answer(INTERNAL, str(INTERNAL.message))(scope, receive, send_with_headers)
         self.on_answer(scope["path"], status, time.perf_counter() - started)
+        facts = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "duration_ms": _elapsed_ms(started),
+        }
         log.log(
             logging.DEBUG if scope["path"] in PROBED else logging.INFO,
-            "%s %s %d %d ms %s",
-            scope["method"], scope["path"], status, _elapsed_ms(started), request_id,
-        )  # fmt: skip
+            "%s %s %d %d ms",
+            *facts.values(),
+            extra={"facts": facts},
+        )
+        request_id.reset(token)
 
 
 def _elapsed_ms(started: float) -> int:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from zimage_fp8.model.pipeline import ImageRequest, Previews
 from zimage_fp8.serve.failures import INTERNAL, error_answer
-from zimage_fp8.serve.jobs import Job
+from zimage_fp8.serve.jobs import Engine, Job
 from zimage_fp8.serve.reply import Reply
 
 log = logging.getLogger(__name__)
@@ -56,18 +56,22 @@ class PictureStream:
     Made on the event loop; the engine's thread only ever puts news into the queue.
     """
 
-    def __init__(self, requests: Sequence[ImageRequest], partial_images: int) -> None:
+    def __init__(
+        self, requests: Sequence[ImageRequest], engine: Engine, partial_images: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[_News] = asyncio.Queue()
         self.jobs = [
-            self._job(index, request, partial_images) for index, request in enumerate(requests)
+            self._job(index, request, engine, partial_images)
+            for index, request in enumerate(requests)
         ]
 
-    def _job(self, index: int, request: ImageRequest, partial_images: int) -> Job:
-        steps = preview_steps(request.steps, partial_images)
+    def _job(self, index: int, request: ImageRequest, engine: Engine, partial_images: int) -> Job:
+        steps = preview_steps(request.steps_to_run, partial_images)
         previews = Previews(steps, lambda pixels: self._tell(_Preview(index, pixels)))
         job = Job(
             request,
+            engine,
             previews if steps else None,
             lambda done, total: self._tell(_Stepped(index, done, total)),
         )

@@ -21,10 +21,10 @@ export async function listModels(key) {
  * { blob, seed, facts, warnings }. Rejects with ApiError, or AbortError when `signal` says so.
  */
 export async function draw(settings, { key, signal, on }) {
-  const request = settings.start ? edit(settings) : generation(settings);
+  const request = settings.start ? await edit(settings) : generation(settings);
   const response = await send(request.url, {
     method: "POST",
-    headers: { ...authorization(key), ...request.headers },
+    headers: { ...authorization(key), "content-type": "application/json" },
     body: request.body,
     signal,
   });
@@ -63,18 +63,26 @@ const STREAM = { stream: true, partial_images: 3 };
 function generation(settings) {
   return {
     url: endpoint("v1/images/generations"),
-    headers: { "content-type": "application/json" },
     body: JSON.stringify({ ...body(settings), ...STREAM }),
   };
 }
 
-function edit(settings) {
-  const form = new FormData();
-  form.append("image", settings.start, "start");
-  for (const [field, value] of Object.entries({ ...body(settings), ...STREAM })) {
-    form.append(field, value);
-  }
-  return { url: endpoint("v1/images/edits"), headers: {}, body: form };
+// As JSON: in a form, browsers would turn every line break of the prompt into two characters.
+async function edit(settings) {
+  const image = await toDataUrl(settings.start);
+  return {
+    url: endpoint("v1/images/edits"),
+    body: JSON.stringify({ ...body(settings), image, ...STREAM }),
+  };
+}
+
+function toDataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new ApiError("The picture to start from cannot be read."));
+    reader.readAsDataURL(blob);
+  });
 }
 
 const authorization = (key) => (key ? { authorization: `Bearer ${key}` } : {});

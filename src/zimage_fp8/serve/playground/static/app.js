@@ -101,10 +101,11 @@ function show(entries) {
   else stage.compare(...entries);
   const [entry] = entries;
   if (entry) {
+    URL.revokeObjectURL($("save").href);
     $("save").href = URL.createObjectURL(entry.blob);
     $("save").download = `${fileName(entry.settings)}.png`;
   }
-  for (const id of ["save", "delete"]) $(id).hidden = entries.length > 1;
+  for (const id of ["save", "delete", "start-here"]) $(id).hidden = entries.length > 1;
   $("compare").hidden = history.entries.length < 2;
   gallery.refresh(entries);
 }
@@ -188,11 +189,11 @@ async function take(file, wantStart) {
     const missing = form.fill(settings);
     const lost = missing ? ` Its policy ${missing} is not served here.` : "";
     notice(`Settings taken from ${file.name}.${lost}`);
-  } else if (wantStart) {
+  } else if (file.type.startsWith("image/")) {
     form.setStart(file);
-    notice(`${file.name} is the picture to start from.`);
+    notice(`${file.name} ${wantStart ? "is" : "carries no settings: it becomes"} the start.`);
   } else {
-    fail(new ApiError(`${file.name} carries no settings.`));
+    fail(new ApiError(`${file.name} is no picture.`));
   }
 }
 

@@ -3,7 +3,8 @@
 export const MAX_BYTES = 256 * 2 ** 20;
 const THUMB_SIDE = 224;
 
-/** Entries are { id, created, settings, facts, warnings, blob, thumb }; ids count upwards.
+/** Entries are { id, created, settings, facts, warnings, blob, thumb }; the database gives the id,
+ * so that two tabs never write over each other's pictures.
  *
  * Where the browser keeps nothing (a private window, no room), they live as long as the page.
  */
@@ -27,37 +28,33 @@ export class History {
   constructor(database) {
     this.database = database;
     this.entries = [];
-    this.#lastId = 0;
   }
-
-  #lastId;
 
   get isKept() {
     return this.database !== null;
   }
 
   get bytes() {
-    return this.entries.reduce((sum, { blob, thumb }) => sum + blob.size + thumb.size, 0);
+    const size = ({ blob, thumb, settings: { start } }) =>
+      blob.size + thumb.size + (start?.size ?? 0);
+    return this.entries.reduce((sum, entry) => sum + size(entry), 0);
   }
 
-  /** Keep `entry`; gives it its id. Resolves to the entries that had to go. */
+  /** Keep `entry`, and let go of the oldest beyond the limit. */
   async add(entry) {
     entry.thumb = await thumbnail(entry.blob);
-    this.#lastId = Math.max(this.#lastId, ...this.entries.map(({ id }) => id)) + 1;
-    entry.id = this.#lastId;
     this.entries.push(entry);
     const gone = [];
     while (this.bytes > MAX_BYTES && this.entries.length > 1) gone.push(this.entries.shift());
     await this.#write((store) => {
-      store.put(entry);
-      for (const { id } of gone) store.delete(id);
+      store.add(entry).onsuccess = ({ target }) => (entry.id = target.result);
+      for (const { id } of gone) if (id !== undefined) store.delete(id);
     });
-    return gone;
   }
 
   async remove(entry) {
     this.entries = this.entries.filter((other) => other !== entry);
-    await this.#write((store) => store.delete(entry.id));
+    await this.#write((store) => entry.id !== undefined && store.delete(entry.id));
   }
 
   async clear() {

@@ -243,7 +243,13 @@ function number(id, otherwise) {
 }
 
 /** What /v1/models tells about one of them, beyond its name. */
-function describe(model) {
-  if (!model) return "";
-  return [model.policy !== model.id && model.policy].filter(Boolean).join(" · ");
+function describe({ id, policy, weights_bytes: bytes, quality } = {}) {
+  const size = bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${Math.round(bytes / 1e6)} MB`;
+  return [
+    policy !== id && policy,
+    bytes && `${size} of weights`,
+    quality?.median_psnr_db && `${quality.median_psnr_db.toFixed(1)} dB from BF16`,
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }

@@ -1,0 +1,170 @@
+"""Tables of docs/engine.md: a block's arithmetic, and what was measured of the engine on a GPU."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_fp8.bench.table import markdown_table
+from zimage_fp8.layout import ZImageConfig
+
+NOT_YET = "Not measured yet."
+TOKENS = 2048 + 64  # 1024x512, and a caption of 64 tokens
+GIB = 2**30
+
+
+def block_table(_: Path) -> str:
+    """The eight or nine launches of one block at 1024x512: operations, and bytes by format."""
+    config = ZImageConfig()
+    dim, ffn = config.dim, config.ffn_dim
+    shapes = {
+        "`to_qkv`": (3 * dim, dim),
+        "`to_out`": (dim, dim),
+        "`w13`": (2 * ffn, dim),
+        "`w2`": (dim, ffn),
+    }
+    rows = {
+        name: [
+            f"{name}: [{TOKENS:,}, {depth:,}] × [{depth:,}, {columns:,}]",
+            f"{2 * TOKENS * columns * depth / 1e9:.0f}",
+            *(
+                _megabytes((TOKENS + columns) * depth * width + 2 * TOKENS * columns)
+                for width in (2, 1)
+            ),
+        ]
+        for name, (columns, depth) in shapes.items()
+    }
+    x = TOKENS * dim
+    body = [
+        rows["`to_qkv`"],
+        ["q, k norm and rotation, in place", "", *[_megabytes(8 * x)] * 2],
+        ["attention", f"{4 * TOKENS**2 * dim / 1e9:.0f}", *[_megabytes(8 * x)] * 2],
+        ["attention's output → codes", "", "not launched", _megabytes(3 * x)],
+        rows["`to_out`"],
+        ["gated residual, norm × scale → input of `w13`", "", _megabytes(8 * x), _megabytes(7 * x)],
+        rows["`w13`"],
+        [
+            "`silu(w1 x) · (w3 x)` → input of `w2`",
+            "",
+            *(_megabytes(TOKENS * ffn * width) for width in (6, 5)),
+        ],
+        rows["`w2`"],
+        [
+            "gated residual, norm × scale → the next block's `to_qkv`",
+            "",
+            _megabytes(8 * x),
+            _megabytes(7 * x),
+        ],
+    ]
+    return markdown_table(["launch", "GFLOP", "MB in BF16", "MB in 8 bits"], body)
+
+
+def loops_table(results: Path) -> str:
+    """The denoise loop per policy and size, sustained."""
+    found = _read(results / "engine.json")
+    if found is None:
+        return NOT_YET
+    body = []
+    for row in found["loops"]:
+        gemm = ", ".join(f"{name} {what}" for name, what in row["gemm"].items())
+        body.append(
+            [
+                f"`{row['policy']}`",
+                row["size"].replace("x", "×"),
+                f"{row['ms']:.0f}",
+                f"{row['ms_p10']:.0f} to {row['ms_p90']:.0f}",
+                f"{row['sm_clock_mhz']:.0f}",
+                f"{row['power_w']:.0f}",
+                f"{row['attention']}; {gemm}",
+            ]
+        )
+    head = ["policy", "size", "ms", "10 to 90 %", "SM clock, MHz", "W", "runs"]
+    what = f"{found['steps']} forwards, batch 1, a caption of {found['caption_tokens']} tokens"
+    return _with_facts(found, markdown_table(head, body), f"The denoise loop: {what}")
+
+
+def kernels_table(results: Path) -> str:
+    """The best product of every shape and format, and every fused kernel."""
+    found = _read(results / "kernels.json")
+    if found is None:
+        return NOT_YET
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in found["gemm"]:
+        key = (row["layer"], row["kind"], row["rows"])
+        if "us" in row and (key not in best or row["us"] < best[key]["us"]):
+            best[key] = row
+    products = [
+        [
+            f"`{layer}`",
+            kind,
+            f"{rows:,}",
+            row["implementation"],
+            f"{row['us']:.0f}",
+            f"{row['tflops']:,.0f}",
+        ]
+        for (layer, kind, rows), row in best.items()
+    ]
+    copy = next(row["gb_per_s"] for row in found["fused"] if row["kernel"] == "device copy")
+    fused = [
+        [f"`{row['kernel']}`", row["output"], f"{row['rows']:,}", *_speed(row)]
+        for row in found["fused"]
+        if row["kernel"] != "device copy"
+    ]
+    first = markdown_table(["product", "format", "rows", "fastest", "µs", "TFLOP/s"], products)
+    head = ["fused kernel", "writes", "rows", "µs", "GB/s", "of a copy", "PyTorch, µs"]
+    note = (
+        f"A device copy moves {copy:,.0f} GB/s; a kernel that finds its input in the L2 cache can "
+        "be faster. One kernel at a time, in short bursts: under load the clock is lower."
+    )
+    facts = f"{markdown_table(head, fused)}\n\n{note}"
+    return _with_facts(found, f"{first}\n\n{facts}", "Single kernels on random data", random=False)
+
+
+def request_table(results: Path) -> str:
+    """Whole requests over HTTP."""
+    found = _read(results / "gpu-request.json")
+    if found is None:
+        return NOT_YET
+    body = []
+    for row in found["requests"]:
+        for size, at in row["sizes"].items():
+            stages = ", ".join(f"{name} {ms:.0f}" for name, ms in at["stages_ms"].items())
+            body.append(
+                [
+                    f"`{row['variant']}`",
+                    size.replace("x", "×"),
+                    f"{at['p50_ms']:.0f}",
+                    f"{at['p90_ms']:.0f}",
+                    stages,
+                    f"{at['peak_bytes'] / GIB:.2f}",
+                    f"{row['start_to_first_picture_s']:.1f}",
+                    f"{row['new_size_first_picture_s']:.2f}",
+                ]
+            )
+    head = ["variant", "size", "p50, ms", "p90, ms", "stages, ms", "peak, GiB"]
+    head += ["start to first picture, s", "first of a new size, s"]
+    return _with_facts(found, markdown_table(head, body), "Requests over HTTP, base64 PNG")
+
+
+def _speed(row: dict[str, Any]) -> Sequence[str]:
+    if row.get("wrong"):
+        return ("wrong", "", "", "")
+    speed = (f"{row['us']:.0f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}")
+    return (*speed, f"{row['reference_us']:.0f}")
+
+
+def _with_facts(found: dict[str, Any], table: str, what: str, *, random: bool = True) -> str:
+    """The GPU and its weights above the numbers, versions and command below."""
+    weights = f"; weights {found['weights']}" if random else ""
+    versions: Iterable[str] = (f"{name} {version}" for name, version in found["versions"].items())
+    command = f"`python benchmarks/{' '.join(found['command'])}`"
+    facts = " · ".join([*versions, f"commit {found['commit']}", command])
+    return f"{what}, on one **{found['gpu']['name']}**{weights}.\n\n{table}\n\n<sub>{facts}</sub>"
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,213 @@
+"""Tables and pictures of docs/quality.md, from benchmarks/results/.
+
+python benchmarks/quality.py        redraw docs/images/*.svg; render.py writes the tables
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from zimage_fp8.bench.table import markdown_table
+from zimage_fp8.evaluate import psnr_db
+from zimage_fp8.heatmap import svg
+from zimage_fp8.sensitivity.report import heat_maps
+from zimage_fp8.sensitivity.result import read
+
+ROOT = Path(__file__).parents[1]
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+OUTLIERS, GEMM, SENSITIVITY = "nano-outliers.json", "gemm-error.json", "nano-sensitivity.json"
+SEARCH = "nano-search.json"
+
+MEANINGS = {
+    "full": "`full`: static E4M3, per tensor",
+    "full[!context_refiner]": "the same, context refiner in BF16",
+    "full-folded": "`full`, channel scales folded",
+    "fp8-row": "`fp8-row`: E4M3 per row and token",
+    "int8-row": "INT8 per row and token",
+    "int8-row-folded": "INT8, channel scales folded",
+    "online_int8-rot": "`online_int8-rot`: rotated",
+    "int8-rot": "**`int8-rot`: folded, then rotated**",
+}
+COLORS = ("#0069a8", "#00a08a", "#56a0d3", "#5a5f66", "#8a6d00", "#c9a227", "#a3487e", "#b8460e")
+WIDTH, HEIGHT, LEFT, TOP, LEGEND = 720, 300, 46, 20, 250
+
+
+def outlier_table(results: Path) -> str:
+    """Mean PSNR of every variant at every ratio, with its interval."""
+    found = json.loads((results / OUTLIERS).read_text())
+    ratios = list(found["ratios"])
+    rows = []
+    for name, meaning in MEANINGS.items():
+        cells = [found["ratios"][ratio].get(name, {}).get("summary") for ratio in ratios]
+        if any(cells):
+            beside = _paired(found["ratios"][ratios[0]], name)
+            rows.append([meaning, *(_interval(cell) for cell in cells), beside])
+    counts = {
+        cell["summary"]["pictures"] for cells in found["ratios"].values() for cell in cells.values()
+    }
+    drawn = "to".join(f" {count} " for count in sorted({min(counts), max(counts)})).strip()
+    head = ["mean PSNR, dB", *(_ratio(float(ratio)) for ratio in ratios), "first, minus `full`"]
+    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else "CUDA"]
+    facts += [f"{name} {version}" for name, version in found["versions"].items()]
+    facts += [f"commit {found['commit']}", f"`{found['command']}`"]
+    return "\n\n".join(
+        [
+            markdown_table(head, rows),
+            f"{drawn} pictures of {found['size']}, {found['steps']} steps, drawn in pairs against "
+            "the unquantized model in FP32; ± is half the 95 % interval of the mean. The last "
+            "column is the mean of the differences picture by picture, without outliers.",
+            f"<sub>{' · '.join(facts)}</sub>",
+        ]
+    )
+
+
+def _interval(summary: dict[str, float] | None) -> str:
+    return f"{summary['mean']:.1f} ± {summary['ci95']:.1f}" if summary else ""
+
+
+def _paired(cells: dict, name: str) -> str:
+    """How much better a variant draws the same prompts than `full` does."""
+    if name == "full" or "full" not in cells or name not in cells:
+        return ""
+    pairs = zip(cells[name]["pictures"], cells["full"]["pictures"], strict=False)
+    gains = [psnr_db(ours["mse"]) - psnr_db(full["mse"]) for ours, full in pairs]
+    if len(gains) < 2:
+        return ""
+    return f"{fmean(gains):+.1f} ± {1.96 * stdev(gains) / math.sqrt(len(gains)):.1f}"
+
+
+def _ratio(ratio: float) -> str:
+    return "no outliers" if ratio == 1 else f"× {ratio:,.0f}"
+
+
+def gemm_table(results: Path) -> str:
+    """The relative error of one product, by input and format."""
+    found = json.loads((results / GEMM).read_text())
+    formats = list(next(iter(found["errors"].values())))
+    rows = [
+        [name, *(_percent(errors[format]) for format in formats)]
+        for name, errors in found["errors"].items()
+    ]
+    facts = [f"{name} {version}" for name, version in found["versions"].items()]
+    made = f"<sub>{' · '.join([*facts, '`' + found['command'] + '`'])}</sub>"
+    return "\n\n".join([markdown_table(["input", *formats], rows), made])
+
+
+def _percent(error: float) -> str:
+    return f"{error:.2%}" if error < 1 else "lost"
+
+
+def sensitivity_table(results: Path) -> str:
+    """What quantizing one part alone costs: kinds of layer, steps, text encoder."""
+    found = read(results / SENSITIVITY)
+    prompts = found.settings["prompts"]
+    assert isinstance(prompts, list)
+    rows = [["everything", f"{psnr_db(found.mse('all')):.1f}", f"{found.latent_error('all'):.2%}"]]
+    for scan, title in (("kinds", "all {}"), ("steps", "step {}"), ("text", "text encoder, {}")):
+        for key in found.of(scan):
+            name = title.format(key.partition(":")[2])
+            name = name.replace("step caption", "context refiner")
+            rows.append([name, f"{psnr_db(found.mse(key)):.1f}", f"{found.latent_error(key):.2%}"])
+    table = markdown_table(["only this in 8 bits", "PSNR, dB", "error of the latent"], rows)
+    added = psnr_db(sum(found.mse(key) for key in found.of("kinds")))
+    return (
+        f"{table}\n\nPolicy `{found.settings['policy']}`, {len(prompts)} prompts; PSNR of the mean "
+        f"squared error. Adding up the four kinds predicts {added:.1f} dB for everything together; "
+        f"drawn, it is {psnr_db(found.mse('all')):.1f} dB."
+    )
+
+
+def search_table(results: Path) -> str:
+    """Plans that the search drew, with what it had predicted."""
+    found = json.loads((results / SEARCH).read_text())
+    chosen = found["chosen"]["point"]
+    rows = []
+    for tried in sorted(found["verified"], key=lambda it: it["point"]["cost"]):
+        point, quality = tried["point"], tried["quality"]
+        counts = {spec: point["specs"].count(spec) for spec in dict.fromkeys(point["specs"])}
+        mark = "**" if point == chosen else ""
+        rows.append(
+            [
+                ", ".join(f"{count} × {spec}" for spec, count in sorted(counts.items())),
+                f"{mark}{point['cost'] / 1e6:.1f} MB{mark}",
+                f"{point['predicted_psnr']:.1f}" if point["predicted_psnr"] else "∞",
+                f"{mark}{quality['mean']:.1f}{mark}" if quality["mean"] else "∞",
+            ]
+        )
+    head = [f"formats of the {len(found['parts'])} parts", "weights", "predicted, dB", "drawn, dB"]
+    count = found["chosen"]["quality"]["pictures"]
+    return (
+        f"{markdown_table(head, rows)}\n\nGoal: {found['goal']['min_psnr']:g} dB at the least "
+        f"{found['cost']}; every plan drawn with {count} prompts. Bold: the plan that was written."
+    )
+
+
+def outlier_plot(found: dict) -> str:
+    """PSNR over the ratio, one line per variant, as SVG on white."""
+    ratios = list(found["ratios"])
+    lines = {
+        name: [
+            found["ratios"][ratio].get(name, {}).get("summary", {}).get("mean") for ratio in ratios
+        ]
+        for name in MEANINGS
+    }
+    highest = max(value for values in lines.values() for value in values if value is not None)
+    top = 10 * math.ceil(highest / 10)
+    xs = [
+        LEFT + place * (WIDTH - LEGEND - LEFT - 20) / (len(ratios) - 1)
+        for place in range(len(ratios))
+    ]
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - 50 - TOP) * (1 - value / top)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" font-family="system-ui,sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    for level in range(0, top + 1, 10):
+        parts.append(
+            f'<path d="M{LEFT} {y(level):.1f}H{WIDTH - LEGEND - 20}" stroke="#e3e7eb"/>'
+            f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{level}</text>'
+        )
+    for x, ratio in zip(xs, ratios, strict=True):
+        label = _ratio(float(ratio))
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 30}" text-anchor="middle">{label}</text>')
+    middle = (LEFT + WIDTH - LEGEND - 20) / 2
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">size of the planted channel '
+        "outliers; mean PSNR, dB</text>"
+    )
+    shown = [name for name, values in lines.items() if any(v is not None for v in values)]
+    for index, name in enumerate(shown):
+        parts += _line(xs, [None if v is None else y(v) for v in lines[name]], COLORS[index])
+        label = MEANINGS[name].replace("`", "").replace("*", "")
+        height = TOP + 14 + 22 * index
+        parts.append(
+            f'<path d="M{WIDTH - LEGEND} {height - 4}h18" stroke="{COLORS[index]}" '
+            'stroke-width="3"/>'
+            f'<text x="{WIDTH - LEGEND + 24}" y="{height}">{label}</text>'
+        )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _line(xs: Sequence[float], ys: Sequence[float | None], color: str) -> list[str]:
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
+    return [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>', *dots]
+
+
+def main() -> int:
+    found = json.loads((RESULTS / OUTLIERS).read_text())
+    (IMAGES / "outliers.svg").write_text(outlier_plot(found))
+    (IMAGES / "sensitivity.svg").write_text(svg(heat_maps(read(RESULTS / SENSITIVITY))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What each way to 8 bits, and each way of choosing codes and scales, costs nano's pictures.
+
+    python benchmarks/quality_nano.py                     200 prompts, BF16 and FP32
+    python benchmarks/quality_nano.py --limit 24 --prompts benchmarks/nano-prompts-development.txt
+
+Every variant draws the same prompts from the same latents as the unquantized model; PSNR is of the
+8-bit pictures, one value per prompt, and differences to plain `full` are paired. In BF16 the rest
+of the network rounds as well, and any change of a layer, however small, ends some 50 dB away. In
+FP32, where `bf16_base` shows how far BF16 itself is from it, what is left is the 8-bit layers' own.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zimage_fp8.model.calibration import read_prompts
+from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.sampling import denoise, schedule, transformer_time
+from zimage_fp8.model.z_image import TOKEN_MULTIPLE, pad_captions
+from zimage_fp8.provenance import commit, machine, versions
+from zimage_fp8.quant.method import Method
+from zimage_fp8.quantize import CalibrationOptions, quantize
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "nano-quality.json"
+PROMPTS = HERE / "nano-prompts.txt"
+FIRST_SEED = 5000
+SIZE, STEPS = 256, 8
+BATCH = 8
+RESAMPLES = 10_000
+WHITE = 255.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A checkpoint to make and draw with; without a policy, the unquantized model."""
+
+    name: str
+    policy: str | None = None
+    method: Method = Method()  # noqa: RUF009 - frozen
+    dtype: str | None = None  # None: the reference's
+
+
+VARIANTS = (
+    Variant("full", "full"),
+    Variant("full, headroom 2", "full", Method(headroom=2)),
+    Variant("full, gptq", "full", Method(rounding="gptq")),
+    Variant("full, gptq, headroom 2", "full", Method(rounding="gptq", headroom=2)),
+    Variant("full, fold, gptq, headroom 2", "full", Method(True, "gptq", 2)),
+    Variant("fp8-row", "fp8-row"),
+    Variant("fp8-row, gptq", "fp8-row", Method(rounding="gptq")),
+    Variant("int8-rot", "int8-rot"),
+    Variant("int8-rot, gptq", "int8-rot", Method(rounding="gptq")),
+    Variant("bf16_base", dtype="bfloat16"),
+)
+BASELINE = VARIANTS[0].name
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Encoded prompts and drawn noise; `groups`: positions whose captions share a bucket."""
+
+    captions: list[Tensor]
+    noise: Tensor
+    groups: list[list[int]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--variants", nargs="*", default=[v.name for v in VARIANTS])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    prompts = read_prompts(given.prompts)[: given.limit]
+    report: dict[str, object] = {
+        "command": "python benchmarks/quality_nano.py",
+        "prompts_file": given.prompts.name,
+        "prompts": len(prompts),
+        "seeds_from": FIRST_SEED,
+        "size": f"{SIZE}x{SIZE}",
+        "steps": STEPS,
+        "baseline": BASELINE,
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = [variant for variant in VARIANTS if variant.name in given.variants]
+        made = {v.name: make(v, Path(folder), given.device) for v in wanted}
+        for dtype in given.dtypes:
+            report[dtype] = measure(wanted, made, prompts, dtype, given.device, report, given.out)
+    write(report, given.out)
+    return 0
+
+
+def make(variant: Variant, folder: Path, device: str | None) -> str:
+    """The model to load: nano, or a checkpoint made of it. One calibration serves all."""
+    if variant.policy is None:
+        return "nano"
+    file = folder / "calibration.json"
+    needs = variant.policy != "fp8-row" or variant.method != Method()
+    fresh = None if file.exists() else device
+    options = CalibrationOptions(file=file, device=fresh) if needs else CalibrationOptions()
+    out = folder / variant.name.replace(", ", "-").replace(" ", "")
+    quantize("nano", [variant.policy], out, calibration=options, method=variant.method)
+    return str(out)
+
+
+def measure(
+    variants: Sequence[Variant],
+    made: dict[str, str],
+    prompts: Sequence[str],
+    dtype: str,
+    device: str | None,
+    report: dict[str, object],
+    out: Path,
+) -> dict[str, object]:
+    """Every variant against the unquantized model of the same dtype; written as it grows."""
+    base = load_pipeline("nano", dtype=dtype, device=device)
+    scenes = encode(base, prompts)
+    exact = draw(base, scenes)
+    found: dict[str, dict[str, object]] = {}
+    report[dtype] = found
+    for variant in variants:
+        start = time.perf_counter()
+        of = variant.dtype or dtype
+        if variant.policy is None and of == dtype:
+            continue  # the reference itself
+        pipeline = load_pipeline(made[variant.name], dtype=of, device=device, share=base)
+        values = psnr_db(draw(pipeline, scenes), exact)
+        found[variant.name] = {"method": asdict(variant.method), **summary(values)}
+        if (plain := found.get(BASELINE)) is not None:
+            found[variant.name]["above_baseline"] = paired(values, np.array(plain["psnr_db"]))
+        write(report, out)
+        mean, seconds = values.mean(), time.perf_counter() - start
+        print(f"{dtype:9} {variant.name:32} {mean:6.2f} dB  ({seconds:.0f} s)", flush=True)
+    return dict(found)
+
+
+def encode(pipeline: Pipeline, prompts: Sequence[str]) -> Scenes:
+    with torch.inference_mode():
+        captions = [pipeline.text.encode(prompt) for prompt in prompts]
+    requests = [
+        ImageRequest(prompt, SIZE, SIZE, steps=STEPS, seed=FIRST_SEED + index)
+        for index, prompt in enumerate(prompts)
+    ]
+    buckets: dict[int, list[int]] = {}
+    for index, caption in enumerate(captions):
+        buckets.setdefault(-(-len(caption) // TOKEN_MULTIPLE), []).append(index)
+    noise = torch.cat([pipeline.draw_latent(request) for request in requests])
+    return Scenes(captions, noise, list(buckets.values()))
+
+
+@torch.inference_mode()
+def draw(pipeline: Pipeline, scenes: Scenes) -> np.ndarray:
+    """uint8 [prompts, height, width, 3]. Several prompts at a time, each with its own latent."""
+    latents = torch.empty_like(scenes.noise)
+    model, sigmas = pipeline.transformer, schedule(STEPS, pipeline.shift)
+    for chosen in batches(scenes, BATCH):
+        captions = [scenes.captions[i].to(pipeline.dtype) for i in chosen]
+        refined = model.refine_caption(*pad_captions(captions))
+
+        def velocity(latent: Tensor, sigma: float, refined: Tensor = refined) -> Tensor:
+            t = transformer_time(sigma).to(latent.device).expand(len(latent))
+            out: Tensor = model(latent, t, refined)
+            return -out.float()
+
+        latents[chosen] = denoise(velocity, scenes.noise[chosen], sigmas)
+    return np.stack([pipeline.decoder.decode(latent[None]) for latent in latents])
+
+
+def batches(scenes: Scenes, size: int) -> Iterator[list[int]]:
+    for group in scenes.groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def psnr_db(pictures: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """[prompts]; equal pictures count as if one level of one pixel differed."""
+    mse = ((pictures.astype(np.float64) - exact) ** 2).mean((1, 2, 3))
+    return 10 * np.log10(WHITE**2 / np.maximum(mse, 1 / exact[0].size))
+
+
+def summary(values: np.ndarray) -> dict[str, object]:
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "p10": float(np.percentile(values, 10)),
+        "mean_ci95": interval(values),
+        "psnr_db": [round(float(value), 3) for value in values],
+    }
+
+
+def paired(values: np.ndarray, baseline: np.ndarray) -> dict[str, object]:
+    difference = values - baseline
+    return {"mean": float(difference.mean()), "mean_ci95": interval(difference)}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """95 % of the mean's bootstrap distribution over prompts."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return [float(x) for x in np.percentile(values[chosen].mean(1), [2.5, 97.5])]
+
+
+def write(report: dict[str, object], out: Path) -> None:
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The first pictures, drawn before anybody is told that the server is ready.
+
+The first picture of a size loads kernels and captures graphs; the second teaches the pace, so that
+Retry-After and deadlines are right from the first request on.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.protocol import DEFAULT_STEPS
+from zimage_fp8.serve.jobs import Engine, Job, JobQueue, QueueClosed
+
+log = logging.getLogger(__name__)
+
+PROMPT = "a red apple on a wooden table"
+
+
+class WarmUp:
+    """Draws for every engine in turn. `is_done` when all could; `problem` says why one could not.
+
+    A failure is logged and told by /ready; requests are drawn all the same, since a smaller size
+    may well work.
+    """
+
+    def __init__(self, queue: JobQueue) -> None:
+        self.is_done = False
+        self.problem: str | None = None
+        self._queue = queue
+        self._job: Job | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, engines: Mapping[str, Engine]) -> None:
+        """Begin, on the running event loop."""
+        self._task = asyncio.create_task(self._run(engines))
+
+    def cancel(self) -> None:
+        """Stop at the next step: the server ends. From any thread."""
+        if self._job:
+            self._job.cancel()
+
+    async def _run(self, engines: Mapping[str, Engine]) -> None:
+        try:
+            for name, engine in engines.items():
+                took_s = [await self._draw(engine, steps) for steps in (1, DEFAULT_STEPS)]
+                log.info("%s is warm: its second picture took %.3f s", name, took_s[-1])
+        except QueueClosed:
+            return
+        except Exception as error:  # whatever it is, /ready must say it
+            self.problem = f"the warm-up picture failed: {type(error).__name__}: {error}"
+            log.exception("the warm-up picture failed; requests are drawn all the same")
+            return
+        self.is_done = True
+
+    async def _draw(self, engine: Engine, steps: int) -> float:
+        width, height = engine.default_size
+        request = ImageRequest(PROMPT, width, height, steps=steps)
+        self._job = Job(request, engine, is_warm_up=steps == 1)
+        self._queue.submit([self._job], client=self)
+        image = await asyncio.wrap_future(self._job.future)
+        return sum(image.timings_s.values())

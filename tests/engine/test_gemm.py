@@ -1,0 +1,152 @@
+"""Which matrix product runs: the shipped measurements, and how a shape finds its row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from zimage_fp8.engine import gemm
+from zimage_fp8.engine.gemm import Choice, Linear, choose, kind_of, measured
+from zimage_fp8.kernels.activation import Activation, Output, encode_reference
+from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile
+from zimage_fp8.layout import ZImageConfig
+from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW
+from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
+
+CUDA = torch.device("cuda")
+SCALAR, VECTOR = torch.ones([]), torch.ones(8)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three measurements on a GPU of compute capability 9.0, in place of the shipped ones."""
+    rows = (
+        Choice((9, 0), "e4m3-scalar", 1000, 64, 32, "cublas", None, 10.0),
+        Choice((9, 0), "e4m3-scalar", 4000, 64, 32, "triton-tma", Tile(n=128), 40.0),
+        Choice((8, 9), "e4m3-scalar", 1000, 64, 32, "triton", Tile(n=64), 20.0),
+    )
+    monkeypatch.setattr(gemm, "measured", lambda: rows)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        (500, "cublas"),
+        (1000, "cublas"),
+        (1900, "cublas"),
+        (2400, "triton-tma"),
+        (2600, "triton-tma"),
+        (8000, "triton-tma"),
+        (499, None),  # less than half of what was measured
+        (8001, None),
+    ],
+)
+def test_the_nearest_rows_decide(rows: int, found: str | None) -> None:
+    choice = choose(CUDA, "e4m3-scalar", rows, 64, 32)
+    assert (choice.implementation if choice else None) == found
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("kind", "columns", "depth"),
+    [("e4m3-vector", 64, 32), ("e4m3-scalar", 65, 32), ("e4m3-scalar", 64, 33)],
+)
+def test_what_was_not_measured_has_no_choice(kind: str, columns: int, depth: int) -> None:
+    assert choose(CUDA, kind, 1000, columns, depth) is None
+
+
+@pytest.mark.usefixtures("table")
+def test_a_gpu_reads_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    found = choose(CUDA, "e4m3-scalar", 1000, 64, 32)
+    assert found is not None
+    assert (found.implementation, found.tile) == ("triton", Tile(n=64))
+    choose.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 1))
+    assert choose(CUDA, "e4m3-scalar", 1000, 64, 32) is None
+
+
+def test_the_cpu_runs_the_reference() -> None:
+    assert choose(torch.device("cpu"), "e4m3-scalar", 2112, 11520, 3840) is None
+
+
+@pytest.mark.parametrize("choice", measured(), ids=lambda it: f"{it.kind}-{it.rows}-{it.columns}")
+def test_every_shipped_choice_can_run(choice: Choice) -> None:
+    """What `kernels.matmul` would refuse or divide wrongly must not be in the file."""
+    format = choice.kind.partition("-")[0]
+    allowed = {
+        "bf16": {"cublas"},
+        "e4m3-scalar": {"cublas", "cublas-slow", "cublas-row", "triton-tma", "triton"},
+        "e4m3-vector": {"cublas-row", "triton-tma", "triton"},
+        "int8-vector": {"triton-tma", "triton"},
+    }
+    assert choice.implementation in allowed[choice.kind]
+    assert choice.implementation in IMPLEMENTATIONS
+    assert choice.implementation != "triton-tma" or choice.capability >= (9, 0)
+    assert format == "bf16" or choice.capability >= ((8, 9) if format == "e4m3" else (8, 0))
+    assert choice.us > 0
+    if choice.implementation.startswith("triton"):
+        assert choice.tile is not None
+        for side in (choice.tile.m, choice.tile.n, choice.tile.k):
+            assert side >= 16
+            assert not side & (side - 1), "Triton's blocks are powers of two"
+        assert choice.tile.parts in (1, 2)
+        assert choice.tile.warps in (1, 2, 4, 8, 16)
+        assert min(choice.tile.stages, choice.tile.group, choice.tile.per_sm) >= 1
+    else:
+        assert choice.tile is None
+
+
+def test_every_product_of_the_full_size_is_measured_once() -> None:
+    """For one size of picture at least, in every format; a shape twice would be a coin toss."""
+    config = ZImageConfig()
+    dim, ffn = config.dim, config.ffn_dim
+    shapes = {(3 * dim, dim), (dim, dim), (2 * ffn, dim), (dim, ffn)}
+    keys = [(it.capability, it.kind, it.rows, it.columns, it.depth) for it in measured()]
+    assert len(set(keys)) == len(keys)
+    for kind in ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector"):
+        assert shapes <= {(it.columns, it.depth) for it in measured() if it.kind == kind}
+
+
+@pytest.mark.parametrize(
+    ("reads", "weight_scale", "kind"),
+    [
+        (Output(), None, "bf16"),
+        (Output(E4M3_STATIC, SCALAR), SCALAR, "e4m3-scalar"),
+        (Output(E4M3_STATIC, SCALAR), VECTOR, "e4m3-vector"),
+        (Output(E4M3_ROW), VECTOR, "e4m3-vector"),
+        (Output(INT8_ROW), VECTOR, "int8-vector"),
+    ],
+)
+def test_a_kind_is_format_and_scales(
+    reads: Output, weight_scale: torch.Tensor | None, kind: str
+) -> None:
+    assert kind_of(reads, weight_scale) == kind
+
+
+def test_a_linear_says_what_ran_and_computes_it() -> None:
+    plain = nn.Linear(64, 32, bias=False)
+    linear = Linear(plain, torch.float32)
+    assert linear.describe() == "bf16"
+    x = torch.randn(5, 64)
+    with torch.inference_mode():
+        assert torch.equal(linear(Activation(x)), x @ plain.weight.T)
+    assert linear.describe() == "bf16 by cublas"
+
+
+def test_a_quantized_linear_reads_codes() -> None:
+    weight = torch.randn(32, 64)
+    (scale,) = weight_scales([weight_amax(weight, E4M3_ROW)], E4M3_ROW)
+    quantized = QuantLinear(E4M3_ROW, quantize_weight(weight, scale, E4M3_ROW), scale, None)
+    linear = Linear(quantized, torch.float32)
+    x = torch.randn(5, 64)
+    with torch.inference_mode():
+        found = linear(encode_reference(x, linear.reads, torch.float32))
+        assert torch.equal(found, quantized(x))
+    assert linear.describe() == "e4m3-vector by reference"

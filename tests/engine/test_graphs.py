@@ -1,0 +1,116 @@
+"""CUDA graphs by key; without CUDA the functions run as they are."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from compare import same_bits
+from zimage_fp8.engine import EngineOptions, load_pipeline
+from zimage_fp8.engine.graphs import WARM_UP_RUNS, GraphCache
+from zimage_fp8.model.pipeline import ImageRequest
+
+CUDA = torch.device("cuda")
+
+
+class Counted:
+    """x · x + y, and how often Python ran it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return x * x + y
+
+
+def test_without_cuda_the_function_runs_every_time() -> None:
+    graphs, function = GraphCache(torch.device("cpu")), Counted()
+    for value in range(3):
+        x = torch.full((4,), float(value))
+        same_bits(graphs.run("key", function, x, x), x * x + x)
+    assert function.calls == 3
+    assert len(graphs) == 0
+    assert graphs.reserved_bytes == 0
+    graphs.forget()
+    x = torch.ones(4)
+    same_bits(graphs.run("key", function, x, x), x * x + x)
+
+
+@pytest.mark.gpu
+def test_captured_once_and_replayed_with_new_values() -> None:
+    graphs, function = GraphCache(CUDA), Counted()
+    for value in range(5):
+        x = torch.randn(1000, device=CUDA, generator=torch.Generator(CUDA).manual_seed(value))
+        same_bits(graphs.run("key", function, x, 2 * x).clone(), x * x + 2 * x)
+    assert function.calls == WARM_UP_RUNS + 1
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_inputs_are_copied_not_remembered() -> None:
+    graphs, function = GraphCache(CUDA), Counted()
+    x = torch.ones(16, device=CUDA)
+    graphs.run("key", function, x, x)
+    x.fill_(3)
+    same_bits(graphs.run("key", function, x, x).clone(), torch.full((16,), 12.0, device=CUDA))
+
+
+@pytest.mark.gpu
+def test_the_least_recently_used_is_forgotten_first() -> None:
+    graphs, function = GraphCache(CUDA, capacity=2), Counted()
+    per_capture = WARM_UP_RUNS + 1
+    inputs = {size: torch.randn(size, device=CUDA) for size in (8, 16, 32)}
+
+    def run(size: int) -> None:
+        x = inputs[size]
+        same_bits(graphs.run(size, function, x, x).clone(), x * x + x)
+
+    for size in (8, 16, 8, 32):  # 32 pushes 16 out, not 8
+        run(size)
+    assert len(graphs) == 2
+    assert function.calls == 3 * per_capture
+    run(8)
+    assert function.calls == 3 * per_capture
+    run(16)
+    assert function.calls == 4 * per_capture
+    assert len(graphs) == 2
+
+
+@pytest.mark.gpu
+def test_forgetting_gives_the_memory_back() -> None:
+    graphs = GraphCache(CUDA)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    x = torch.randn(64 * 2**20, device=CUDA)  # 256 MiB
+    graphs.run("key", Counted(), x, x)
+    assert graphs.reserved_bytes > 0
+    graphs.forget()
+    assert len(graphs) == 0
+    del x
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**21
+    x = torch.ones(8, device=CUDA)
+    same_bits(graphs.run("key", Counted(), x, x).clone(), x * x + x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["bf16_base", "fp8-row"])
+def test_twenty_sizes_need_the_memory_of_the_largest(policy: str) -> None:
+    """Sizes come and go; more of them than are kept must not pile up."""
+    pipeline = load_pipeline("nano", options=EngineOptions(), policy=policy, device="cuda")
+    sizes = [(512 - 16 * index, 256 + 16 * index) for index in range(20)]
+
+    def draw(width: int, height: int) -> None:
+        pipeline.generate(ImageRequest("a red apple", width, height, steps=2))
+
+    def reserved() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    draw(512, 560)  # as large as any of them
+    for size in sizes:
+        draw(*size)
+    first = reserved()
+    for size in sizes:
+        draw(*size)
+    assert reserved() <= first * 1.05 + 2**22

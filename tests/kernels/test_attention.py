@@ -1,0 +1,194 @@
+"""Choosing an attention backend: aliases, reasons, and that all of them compute the same."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+
+from compare import sqnr_db
+from zimage_fp8.errors import UsageError
+from zimage_fp8.kernels.attention import (
+    ALIASES,
+    AUTO,
+    BACKENDS,
+    Target,
+    attention,
+    choose_backend,
+    refusals,
+)
+
+CPU = Target(torch.device("cpu"), torch.bfloat16, 128)
+GPU = Target(torch.device("cuda"), torch.bfloat16, 128)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A GPU of a compute capability, with some packages installed."""
+
+    def pretend(capability: tuple[int, int], *packages: str) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        found = {name: object() for name in packages}
+        monkeypatch.setattr(importlib.util, "find_spec", found.get)
+
+    return pretend
+
+
+FA3, SAGE = "fa3_fwd_interface", "sageattention"
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "taken", "refused"),
+    [
+        ((9, 0), (FA3,), "fa3", []),
+        ((9, 0), (), "cudnn", ["fa3: the package fa3-fwd is missing"]),
+        (
+            (8, 0),
+            (FA3,),
+            "cudnn",
+            ["fa3: it needs compute capability 9.0 and below 10.0, this GPU has 8.0"],
+        ),
+        ((8, 9), (FA3,), "cudnn", ["9.0 and below 10.0, this GPU has 8.9"]),
+        ((12, 1), (FA3,), "cudnn", ["9.0 and below 10.0, this GPU has 12.1"]),
+        ((7, 5), (), "sdpa", ["has 7.5", "cudnn: it needs", "flash2: it needs"]),
+    ],
+)
+def test_auto_takes_the_first_that_runs_and_tells_why_not_the_others(
+    machine, capability: tuple[int, int], packages: tuple[str, ...], taken: str, refused: list[str]
+) -> None:
+    machine(capability, *packages)
+    backend, reasons = choose_backend("auto", GPU)
+    assert backend.name == taken
+    assert len(reasons) == AUTO.index(taken)
+    for said in refused:
+        assert any(said in reason for reason in reasons), reasons
+
+
+def test_auto_on_the_cpu_is_pytorchs_own() -> None:
+    backend, reasons = choose_backend("auto", CPU)
+    assert backend.name == "sdpa"
+    assert reasons == [f"{name}: it needs a CUDA device" for name in AUTO[:-1]]
+
+
+def test_auto_never_takes_what_is_lossy(machine) -> None:
+    machine((9, 0), FA3, SAGE)
+    assert "sage" not in AUTO
+    assert choose_backend("auto", GPU)[0].name == "fa3"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "taken"),
+    [
+        ("TORCH_SDPA", (9, 0), "sdpa"),
+        ("torch_sdpa", (8, 0), "sdpa"),
+        ("FLASH_ATTN", (9, 0), "fa3"),
+        ("FLASH_ATTN", (8, 9), "flash2"),  # the name stands for both, the newer one first
+        ("SAGE_ATTN", (12, 1), "sage"),
+        ("Sage_Attn", (8, 0), "sage"),
+        ("CUDNN", (8, 0), "cudnn"),
+        ("flash2", (8, 0), "flash2"),
+    ],
+)
+def test_names_of_vllm_omni_and_ours_in_any_case(
+    machine, name: str, capability: tuple[int, int], taken: str
+) -> None:
+    machine(capability, FA3, SAGE)
+    assert choose_backend(name, GPU)[0].name == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "packages", "said"),
+    [
+        ("fa3", (8, 9), (FA3,), "9.0 and below 10.0, this GPU has 8.9"),
+        ("fa3", (12, 1), (FA3,), "9.0 and below 10.0, this GPU has 12.1"),
+        ("fa3", (9, 0), (), "the package fa3-fwd is missing"),
+        ("sage", (9, 0), (), "the package sageattention is missing"),
+        ("SAGE_ATTN", (7, 5), (SAGE,), "sage: it needs compute capability 8.0, this GPU has 7.5"),
+        ("FLASH_ATTN", (7, 5), (FA3,), "flash2: it needs compute capability 8.0"),
+        ("cudnn", (7, 5), (), "8.0, this GPU has 7.5"),
+    ],
+)
+def test_a_choice_that_cannot_run_is_an_error_with_its_reason(
+    machine, name: str, capability: tuple[int, int], packages: tuple[str, ...], said: str
+) -> None:
+    machine(capability, *packages)
+    with pytest.raises(UsageError, match=re.escape(said)) as raised:
+        choose_backend(name, GPU)
+    assert f"'{name}' cannot run here" in str(raised.value)
+    assert raised.value.param == "attention_backend"
+    assert "doctor" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", ["fa3", "cudnn", "flash2", "sage", "FLASH_ATTN", "SAGE_ATTN"])
+def test_on_the_cpu_a_gpus_kernels_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="it needs a CUDA device"):
+        choose_backend(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["", "flash", "FLASHINFER", "fa4"])
+def test_an_unknown_name_lists_all_that_are_known(name: str) -> None:
+    with pytest.raises(UsageError, match="expected one of") as raised:
+        choose_backend(name, CPU)
+    assert all(known in str(raised.value) for known in ("auto", *BACKENDS, *ALIASES))
+
+
+def test_16_bits_and_head_dims_are_needed_where_stated(machine) -> None:
+    machine((9, 0), FA3, SAGE)
+    wide = refusals(Target(torch.device("cuda"), torch.float32, 128))
+    assert {name for name, reason in wide.items() if reason} == {"fa3", "cudnn", "flash2", "sage"}
+    assert wide["fa3"] == "it takes 16-bit values, not float32"
+    odd = refusals(Target(torch.device("cuda"), torch.bfloat16, 80))
+    assert odd["fa3"] == "it takes heads of 64 or 128, not 80"
+    assert odd["sdpa"] is odd["math"] is None
+
+
+def test_every_alias_and_every_automatic_choice_is_in_the_table() -> None:
+    assert {name for names in (AUTO, *ALIASES.values()) for name in names} <= set(BACKENDS)
+
+
+def example(device: str, dtype: torch.dtype, tokens: int = 257) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, tokens, 3, 128)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "math"])
+def test_on_the_cpu_every_backend_is_the_softmax(name: str) -> None:
+    q, k, v = example("cpu", torch.float32)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).double() / 128**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double()).flatten(2)
+    found = BACKENDS[name].run(q, k, v)
+    assert found.shape == (2, 257, 3 * 128)
+    assert sqnr_db(found, expected.float()) > 110  # fp32 rounding; measured 132 and 134
+    assert sqnr_db(attention(q, k, v), expected.float()) > 110
+
+
+# BF16's rounding of the result alone leaves 55 dB; sage keeps q and k in INT8.
+LEAST_DB = {"sage": 25.0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 257, 2112])
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_on_a_gpu_every_backend_that_runs_agrees_with_math(name: str, tokens: int) -> None:
+    if reason := BACKENDS[name].refusal(GPU):
+        pytest.skip(reason)
+    q, k, v = example("cuda", torch.bfloat16, tokens)
+    expected = BACKENDS["math"].run(q.float(), k.float(), v.float())
+    found = BACKENDS[name].run(q, k, v)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == expected.shape
+    assert sqnr_db(found.float(), expected) > LEAST_DB.get(name, 45.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_views_of_packed_heads_are_read_right(name: str) -> None:
+    """The engine hands over q, k and v as they lie side by side."""
+    if reason := BACKENDS[name].refusal(GPU):
+        pytest.skip(reason)
+    packed = torch.stack(example("cuda", torch.bfloat16), dim=2)
+    q, k, v = packed.unbind(2)
+    found = BACKENDS[name].run(q, k, v)
+    alone = BACKENDS[name].run(q.contiguous(), k.contiguous(), v.contiguous())
+    assert sqnr_db(found.float(), alone.float()) > 60

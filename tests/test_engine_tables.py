@@ -1,0 +1,110 @@
+"""docs/engine.md's tables, from results as the benchmarks write them; the GPU always named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import engine_tables
+import gpu
+
+FACTS = {
+    "gpu": {"name": "NVIDIA H200"},
+    "versions": {"torch": "2.11.0"},
+    "commit": "abc",
+    "command": ["engine.py", "--out", "engine.json"],
+    "weights": "random: speed and memory are real, pictures are meaningless",
+    "steps": 8,
+    "caption_tokens": 64,
+}
+LOOP = {
+    "policy": "full",
+    "size": "1024x512",
+    "attention": "fa3",
+    "gemm": {"w13": "cublas", "w2": "triton-tma"},
+    "ms": 217.4,
+    "ms_p10": 216.1,
+    "ms_p90": 225.9,
+    "sm_clock_mhz": 1590.0,
+    "power_w": 689.9,
+}
+GEMM = {"layer": "w2", "kind": "e4m3-scalar", "rows": 2112, "implementation": "cublas"}
+FUSED = {"kernel": "norm", "output": "bf16", "rows": 2112}
+REQUEST = {
+    "variant": "full",
+    "start_to_first_picture_s": 17.25,
+    "new_size_first_picture_s": 0.5,
+    "sizes": {
+        "1024x512": {
+            "p50_ms": 228.0,
+            "p90_ms": 240.0,
+            "stages_ms": {"encode": 5.0, "denoise": 200.0},
+            "peak_bytes": 13 * 2**30,
+        }
+    },
+}
+TABLES = (
+    (engine_tables.loops_table, "engine.json"),
+    (engine_tables.kernels_table, "kernels.json"),
+    (engine_tables.request_table, "gpu-request.json"),
+)
+
+
+def write(folder: Path, name: str, **rows: object) -> Path:
+    (folder / name).write_text(json.dumps({**FACTS, **rows}))
+    return folder
+
+
+@pytest.mark.parametrize(("table", "name"), TABLES)
+def test_what_was_not_measured_says_so(
+    table: Callable[[Path], str], name: str, tmp_path: Path
+) -> None:
+    assert table(tmp_path) == "Not measured yet."
+
+
+def test_a_loop_names_gpu_weights_clock_and_what_ran(tmp_path: Path) -> None:
+    text = engine_tables.loops_table(write(tmp_path, "engine.json", loops=[LOOP]))
+    assert "**NVIDIA H200**; weights random: speed and memory are real" in text
+    assert "8 forwards, batch 1, a caption of 64 tokens" in text
+    row = "| `full` | 1024×512 | 217 | 216 to 226 | 1590 | 690 | fa3; w13 cublas, w2 triton-tma |"
+    assert row in text
+    assert "commit abc · `python benchmarks/engine.py --out engine.json`" in text
+
+
+def test_kernels_show_the_fastest_product_and_no_speed_where_wrong(tmp_path: Path) -> None:
+    gemm = [
+        GEMM | {"us": 100.0, "tflops": 1661.0},
+        GEMM | {"implementation": "triton", "us": 90.0, "tflops": 1845.6},
+        GEMM | {"implementation": "triton-tma", "refused": "shared memory"},
+    ]
+    right = {"us": 10.0, "gb_per_s": 1300.0, "share_of_copy": 0.5, "reference_us": 80.0}
+    fused = [
+        {"kernel": "device copy", "gb_per_s": 2600.0},
+        FUSED | right,
+        FUSED | {"kernel": "gated", "wrong": True, "error": 0.5},
+    ]
+    text = engine_tables.kernels_table(write(tmp_path, "kernels.json", gemm=gemm, fused=fused))
+    assert "| `w2` | e4m3-scalar | 2,112 | triton | 90 | 1,846 |" in text
+    assert "| `norm` | bf16 | 2,112 | 10 | 1,300 | 50% | 80 |" in text
+    assert "| `gated` | bf16 | 2,112 | wrong |  |  |  |" in text
+    assert "A device copy moves 2,600 GB/s" in text
+    assert "**NVIDIA H200**" in text
+
+
+def test_requests_show_stages_memory_and_start(tmp_path: Path) -> None:
+    text = engine_tables.request_table(write(tmp_path, "gpu-request.json", requests=[REQUEST]))
+    row = "| `full` | 1024×512 | 228 | 240 | encode 5, denoise 200 | 13.00 | 17.2 | 0.50 |"
+    assert row in text
+    assert "**NVIDIA H200**; weights random" in text
+
+
+def test_a_blocks_arithmetic_is_that_of_the_layout(tmp_path: Path) -> None:
+    text = engine_tables.block_table(tmp_path)
+    assert "| `to_qkv`: [2,112, 3,840] × [3,840, 11,520] | 187 | 153 | 101 |" in text
+    assert "| attention | 69 |" in text
+
+
+def test_a_result_does_not_say_where_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.sys, "argv", ["/somewhere/engine.py", "--out", "/a/b.json", "full=/c"])
+    assert gpu.envelope()["command"] == ["engine.py", "--out", "b.json", "full=/c"]
