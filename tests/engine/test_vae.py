@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from zimage_fp8.engine.graphs import GraphCache
-from zimage_fp8.engine.vae import FastDecoder, attend_in_chunks
+from zimage_fp8.engine.vae import FastDecoder
 from zimage_fp8.errors import ModelError
 from zimage_fp8.model.source import find_model
 from zimage_fp8.model.vae import Decoder
@@ -86,12 +85,6 @@ def test_bands_do_not_change_the_latent_and_repeat_themselves(nano: Path) -> Non
     assert np.array_equal(decoder.decode(latent), first)
 
 
-@pytest.mark.parametrize("tokens", [7, 512, 700])
-def test_attention_in_chunks_is_attention(tokens: int) -> None:
-    q, k, v = torch.randn(3, 1, 2, tokens, 48).unbind(0)
-    torch.testing.assert_close(attend_in_chunks(q, k, v), F.scaled_dot_product_attention(q, k, v))
-
-
 def test_other_autoencoders_are_refused(tmp_path: Path) -> None:
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     types = {
@@ -145,14 +138,6 @@ def test_full_size_on_the_gpu(full_size: Path) -> None:
     # The figure is what this run is for.
     print(f"held by the graphs of 1024x512 and 1024x1024: {held:.2f} GiB")  # noqa: T201
     assert held < 1
-
-
-@pytest.mark.gpu
-def test_attention_in_chunks_on_the_gpu() -> None:
-    q, k, v = torch.randn(3, 1, 1, 4096, 512, device="cuda").bfloat16().unbind(0)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    error = (attend_in_chunks(q, k, v).float() - expected).norm() / expected.norm()
-    assert error < 2**-8
 
 
 @pytest.mark.gpu

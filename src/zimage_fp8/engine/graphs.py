@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WARM_UP_RUNS = 2  # the first run compiles Triton kernels and lets libraries choose algorithms
-
 
 @dataclass(frozen=True)
 class _Captured:
@@ -78,9 +76,10 @@ class GraphCache:
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                function(*statics)
+            function(*statics)  # compiles Triton kernels, lets libraries choose algorithms
         torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what the warm-up took; the graph takes its own again
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -147,8 +147,9 @@ def _triton_tma(
     (rows, depth), columns = x.values.shape, len(weight)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     tiles = -(-rows // tile.m) * -(-columns // tile.n)
-    programs = min(tiles, tile.per_sm * _multiprocessors(weight.device))
-    _tma_kernel[(programs,)](
+    # A constant of the GPU, not of the shape: otherwise every size of picture would compile anew.
+    programs = tile.per_sm * _multiprocessors(weight.device)
+    _tma_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(x.values, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         TensorDescriptor.from_tensor(out, [tile.m, tile.n // tile.parts]),

@@ -68,7 +68,8 @@ def load_pipeline(
     must_calibrate = bool(chosen and chosen.needs_calibration and not is_quantized(folder))
     if calibration is not None and not must_calibrate:
         raise UsageError(
-            "a calibration has no effect here: it serves static policies and int8-rot on a BF16 model",
+            "a calibration has no effect here: it serves static policies and int8-rot on a "
+            "BF16 model",
             param="calibration",
         )
     if must_calibrate and calibration is None:
