@@ -242,6 +242,7 @@ BLOCKS: dict[str, Renderer] = {
     "engine-block": engine_tables.block_table,
     "engine-kernels": engine_tables.kernels_table,
     "engine-ladder": engine_ladder,
+    "engine-targets": engine_tables.targets_table,
     "engine-loops": engine_tables.loops_table,
     "engine-request": engine_tables.request_table,
     "gemm-error": quality.gemm_table,

@@ -74,7 +74,7 @@ def nan_in_fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_counts_under_numpy_2_4() -> None:
-    """Triton 3.6's interpreter makes loop bounds with `int(array of one)`, which NumPy now refuses."""
+    """Triton 3.6's interpreter makes loop bounds with `int(array of one)`, which NumPy refuses."""
     try:
         from triton.runtime import interpreter
     except ImportError:

@@ -269,7 +269,8 @@ class RunFacts(BaseModel):
     """What the server did for this request, in the block `zimage_fp8`.
 
     `nfe` counts forwards of the transformer over all n images; `timings_s` are sums over them,
-    except `queue`, the wait before the first. `strength` is there when a picture was edited. `server` is the server's self-description.
+    except `queue`, the wait before the first. `strength` is there when a picture was edited.
+    `server` is the server's self-description.
     """
 
     policy: str

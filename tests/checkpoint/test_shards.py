@@ -8,21 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compare import same_bits
-from zimage_fp8.checkpoint.shards import ShardReader, info_of, write_index, write_shard
+from shard_files import TENSORS, sharded, write
+from zimage_fp8.checkpoint.shards import ShardReader, info_of, write_shard
 from zimage_fp8.errors import CheckpointError, ModelError
-
-TENSORS = {
-    "b.scale": torch.tensor(0.5),
-    "a.weight": torch.randn(3, 5).to(torch.float8_e4m3fn),
-    "c.bias": torch.randn(7).to(torch.bfloat16),
-    "d.odd": torch.randn(1, 3, 1),
-    "e.empty": torch.empty(0, 4, dtype=torch.bfloat16),
-}
-
-
-def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    infos = {name: info_of(tensor) for name, tensor in tensors.items()}
-    write_shard(path, infos, tensors.__getitem__, {"format": "pt", "z": "1", "a": "2"})
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
@@ -48,16 +36,6 @@ def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path: Path) -> None:
     infos = {"x": info_of(torch.zeros(2))}
     with pytest.raises(ValueError, match="announced"):
         write_shard(tmp_path / "m", infos, lambda _: torch.zeros(3), {})
-
-
-def sharded(folder: Path) -> Path:
-    folder.mkdir()
-    names = list(TENSORS)
-    for number, part in enumerate((names[:2], names[2:])):
-        write(folder / f"m-{number}.safetensors", {n: TENSORS[n] for n in part})
-    weight_map = {n: f"m-{0 if n in names[:2] else 1}.safetensors" for n in names}
-    write_index(folder, "m", weight_map, 99)
-    return folder
 
 
 def test_shards_read_as_one(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_shards import TENSORS, sharded
 
 from compare import same_bits
+from shard_files import TENSORS, sharded
 from zimage_fp8.checkpoint import staging
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.checkpoint.staging import Staging
