@@ -71,6 +71,7 @@ def kinds(variant: VariantRecord) -> list[str]:
 
 
 def test_an_interleaved_run_holds_everything(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
     record = run(tmp_path, *COUNTED)
     assert read_record(tmp_path / "out" / "record.json") == record
     (one,) = record.passes
@@ -101,7 +102,8 @@ def test_an_interleaved_run_holds_everything(tmp_path: Path) -> None:
     assert next_seed.requests[0].seed == record.parameters.seeds[0] + 1
     assert all(row.quality and row.quality.psnr_db < 15 for row in next_seed.requests)
     assert all(row.quality and 25 < row.quality.psnr_db < 60 for row in one.variants[1].requests)
-    assert psutil.Process().children(recursive=True) == []
+    # multiprocessing keeps a helper of its own from earlier tests.
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_timed_requests_go_forwards_and_backwards(tmp_path: Path) -> None:
