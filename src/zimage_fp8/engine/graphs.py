@@ -5,12 +5,15 @@ kernels of a denoise step one by one costs it more time than the GPU needs to ru
 share one memory pool, so many shapes cost little more than the largest.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ class GraphCache:
             self._captured[key] = captured
             while len(self._captured) > self.capacity:
                 self._captured.popitem(last=False)
+            log.info(
+                "captured a graph for %s; %d are kept, in %.0f MiB",
+                key,
+                len(self._captured),
+                self.reserved_bytes / 2**20,
+            )
         else:
             self._captured.move_to_end(key)
             for static, given in zip(captured.inputs, inputs, strict=True):

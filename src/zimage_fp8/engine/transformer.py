@@ -123,7 +123,7 @@ class FusedTransformer:
         return refined.clone()
 
     def describe(self) -> dict[str, object]:
-        """What runs: attention, the matrix product of every kind of layer, and the graphs."""
+        """What runs: attention, and the matrix product of every kind of layer."""
         gemm = {name: linear.describe() for name, linear in self.linears.items()}
         return {
             "engine": "fused",
