@@ -81,6 +81,7 @@ class FusedTransformer:
         self.transformer = transformer
         self.attention = attention
         self.graphs = graphs
+        self._owner = object()  # in every key: ids are used again, and graphs hold our weights
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
         modulated = [*transformer.noise_refiner, *transformer.layers]
@@ -109,7 +110,7 @@ class FusedTransformer:
         vectors = self._vectors(t)
         if self._last_step is not None:
             self._last_step.synchronize()
-        key = ("step", id(self), tuple(latent.shape), caption.shape[1])
+        key = ("step", self._owner, tuple(latent.shape), caption.shape[1])
         output = self.graphs.run(key, self._step, latent, vectors, caption).clone()
         if self.device.type == "cuda":
             self._last_step, self._this_step = self._this_step, _event()
@@ -118,7 +119,7 @@ class FusedTransformer:
 
     def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
-        key = ("caption", id(self), tuple(caption.shape))
+        key = ("caption", self._owner, tuple(caption.shape))
         refined = self.graphs.run(key, self.transformer.refine_caption, caption, is_pad)
         return refined.clone()
 
