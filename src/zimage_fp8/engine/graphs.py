@@ -1,7 +1,7 @@
 """CUDA graphs by key: capture once per shape, replay ever after, forget the least recently used.
 
-One replay costs the host some ten microseconds whatever it holds; launching the two thousand
-kernels of a denoise step one by one costs it more time than the GPU needs to run them. All graphs
+One replay costs the host some ten microseconds whatever it holds; launching the three hundred
+kernels of a denoise step one by one can cost it more time than the GPU needs to run them. All graphs
 share one memory pool, so many shapes cost little more than the largest.
 """
 
@@ -61,7 +61,7 @@ class GraphCache:
                 self._captured.popitem(last=False)
             log.info(
                 "captured a graph for %s; %d are kept, in %.0f MiB",
-                key,
+                [tuple(given.shape) for given in inputs],
                 len(self._captured),
                 self.reserved_bytes / 2**20,
             )

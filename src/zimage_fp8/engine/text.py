@@ -80,6 +80,7 @@ class FastTextEncoder(PromptEncoder):
         table = half_rope_table(MAX_TOKENS, self.config.head_dim, self.config.rope_theta)
         self._table = table.to(device)
         self._graphs = GraphCache(device) if graphs is None else graphs
+        self._owner = object()  # in every key: the cache may be shared
 
     @property
     def device_bytes(self) -> int:
@@ -104,7 +105,7 @@ class FastTextEncoder(PromptEncoder):
         x = F.pad(rows, (0, 0, 0, padded - len(ids))).to(self.device)
         if self.offload:
             return self._forward(x)[: len(ids)].clone()
-        return self._graphs.run(("text", padded), self._forward, x)[: len(ids)].clone()
+        return self._graphs.run(("text", self._owner, padded), self._forward, x)[: len(ids)].clone()
 
     def _forward(self, x: Tensor) -> Tensor:
         """x: embedded tokens [tokens, hidden] -> the last loaded layer's output."""

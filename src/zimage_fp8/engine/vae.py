@@ -71,6 +71,7 @@ class FastDecoder(Decoder):
         _check_structure(self.vae)
         self.vae.decoder.to(memory_format=torch.channels_last)
         self.graphs = GraphCache(device) if graphs is None else graphs
+        self._owner = object()  # in every key: the cache may be shared
         self.band_elements = band_elements
 
     @torch.inference_mode()
@@ -82,7 +83,8 @@ class FastDecoder(Decoder):
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True
         try:
-            levels = self.graphs.run(("vae", *latent.shape), self._levels, latent)
+            key = ("vae", self._owner, *latent.shape)
+            levels = self.graphs.run(key, self._levels, latent)
         finally:
             torch.backends.cudnn.benchmark = before
         return _to_host(levels)
