@@ -1,8 +1,8 @@
 """CUDA graphs by key: capture once per shape, replay ever after, forget the least recently used.
 
 One replay costs the host some ten microseconds whatever it holds; launching the three hundred
-kernels of a denoise step one by one can cost it more time than the GPU needs to run them. All graphs
-share one memory pool, so many shapes cost little more than the largest.
+kernels of a denoise step one by one can cost it more time than the GPU needs to run them. All
+graphs share one memory pool, so many shapes cost little more than the largest.
 """
 
 import logging
