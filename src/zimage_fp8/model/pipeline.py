@@ -325,9 +325,12 @@ class Pipeline:
 
 
 class CaptionCache:
-    """Refined captions by prompt, the least recently used forgotten first."""
+    """Refined captions by prompt, the least recently used forgotten first.
 
-    def __init__(self, capacity: int = 64) -> None:
+    At full size one takes 0.5 MB for 64 tokens, 4 MB for the longest prompt.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
         self.capacity = capacity
         self.hits = self.misses = 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
