@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zimage_fp8.engine import gemm
-from zimage_fp8.engine.gemm import Choice, Linear, choose, kind_of, measured
+from zimage_fp8.engine.gemm import Choice, Linear, choose, fitting, kind_of, measured
 from zimage_fp8.kernels.activation import Activation, Output, encode_reference
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile
 from zimage_fp8.layout import ZImageConfig
@@ -133,7 +133,7 @@ def test_a_kind_is_format_and_scales(
 def test_a_linear_says_what_ran_and_computes_it() -> None:
     plain = nn.Linear(64, 32, bias=False)
     linear = Linear(plain, torch.float32)
-    assert linear.describe() == "bf16"
+    assert linear.describe() == "bf16 by default"
     x = torch.randn(5, 64)
     with torch.inference_mode():
         assert torch.equal(linear(Activation(x)), x @ plain.weight.T)
@@ -150,3 +150,12 @@ def test_a_quantized_linear_reads_codes() -> None:
         found = linear(encode_reference(x, linear.reads, torch.float32))
         assert torch.equal(found, quantized(x))
     assert linear.describe() == "e4m3-vector by reference"
+
+
+@pytest.mark.gpu
+def test_before_the_first_picture_the_measured_ones_are_named() -> None:
+    """A server describes itself before it has drawn, and that goes into records."""
+    linear = Linear(nn.Linear(3840, 11520, bias=False, device="cuda"), torch.bfloat16)
+    known = fitting(torch.device("cuda"), "bf16", 11520, 3840)
+    names = sorted({choice.implementation for choice in known}) or ["default"]
+    assert linear.describe() == f"bf16 by {' or '.join(names)}"

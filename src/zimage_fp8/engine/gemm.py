@@ -88,9 +88,12 @@ class Linear:
         return plain.us < scaled.us
 
     def describe(self) -> str:
-        """The implementations that ran, or the one that will."""
-        ran = sorted(set(self.chosen.values()))
-        return f"{self.kind} by {' and '.join(ran)}" if ran else self.kind
+        """The implementations that ran; before the first picture, those that were measured best."""
+        names = set(self.chosen.values()) or {
+            choice.implementation
+            for choice in fitting(self.weight.device, self.kind, *self.weight.shape)
+        }
+        return f"{self.kind} by {' or '.join(sorted(names)) or 'default'}"
 
 
 def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
@@ -104,17 +107,25 @@ def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
 @lru_cache(maxsize=4096)
 def choose(device: torch.device, kind: str, rows: int, columns: int, depth: int) -> Choice | None:
     """The winner measured nearest to `rows`, or None where nothing near was measured."""
+    near = (
+        choice
+        for choice in fitting(device, kind, columns, depth)
+        if rows / 2 <= choice.rows <= 2 * rows
+    )
+    return min(near, key=lambda choice: abs(choice.rows - rows), default=None)
+
+
+def fitting(device: torch.device, kind: str, columns: int, depth: int) -> list[Choice]:
+    """What was measured for a kind and shape on this kind of GPU, at any number of rows."""
     if device.type != "cuda":
-        return None
+        return []
     capability = torch.cuda.get_device_capability(device)
-    fitting = [
+    return [
         choice
         for choice in measured()
         if (choice.capability, choice.kind) == (capability, kind)
         and (choice.columns, choice.depth) == (columns, depth)
-        and rows / 2 <= choice.rows <= 2 * rows
     ]
-    return min(fitting, key=lambda choice: abs(choice.rows - rows), default=None)
 
 
 @lru_cache(maxsize=1)
