@@ -96,6 +96,30 @@ def gemm_table(results: Path) -> str:
     return "\n\n".join([markdown_table(["input", *formats], rows), made])
 
 
+def methods_table(results: Path) -> str:
+    """Ways of choosing codes and scales, over many prompts: paired differences to plain `full`."""
+    found = json.loads((results / "nano-quality.json").read_text())
+    body = []
+    for name, row in found["bfloat16"].items():
+        above = row["above_baseline"]
+        low, high = above["mean_ci95"]
+        difference = f"{above['mean']:+.2f} ({low:+.2f} to {high:+.2f})"
+        body.append(
+            [
+                name,
+                *(f"{row[key]:.2f}" for key in ("mean", "median", "p10")),
+                "" if name == found["baseline"] else difference,
+            ]
+        )
+    head = ["", "mean PSNR, dB", "median", "10th percentile", "above plain `full`, 95 % interval"]
+    versions = " · ".join(f"{package} {number}" for package, number in found["versions"].items())
+    facts = (
+        f"{found['prompts']} held-out prompts, paired by prompt and seed, in BF16 · {versions} · "
+        f"commit {found['commit']} · `{found['command']}`"
+    )
+    return f"{markdown_table(head, body)}\n\n<sub>{facts}</sub>"
+
+
 def _percent(error: float) -> str:
     return f"{error:.2%}" if error < 1 else "lost"
 

@@ -11,6 +11,7 @@ FP32, where `bf16_base` shows how far BF16 itself is from it, what is left is th
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -86,7 +87,7 @@ def main() -> int:
     given = parser.parse_args()
     prompts = read_prompts(given.prompts)[: given.limit]
     report: dict[str, object] = {
-        "command": "python benchmarks/quality_nano.py",
+        "command": shlex.join(["python", "benchmarks/quality_nano.py", *sys.argv[1:]]),
         "prompts_file": given.prompts.name,
         "prompts": len(prompts),
         "seeds_from": FIRST_SEED,

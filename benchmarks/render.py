@@ -247,6 +247,7 @@ BLOCKS: dict[str, Renderer] = {
     "engine-request": engine_tables.request_table,
     "gemm-error": quality.gemm_table,
     "nano-outliers": quality.outlier_table,
+    "nano-quality": quality.methods_table,
     "nano-search": quality.search_table,
     "nano-sensitivity": quality.sensitivity_table,
     "picture": picture_table,
