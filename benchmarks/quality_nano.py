@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zimage_fp8.bench.statistics import mean_interval
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import ImageRequest, Pipeline
@@ -38,7 +39,6 @@ PROMPTS = HERE / "nano-prompts.txt"
 FIRST_SEED = 5000
 SIZE, STEPS = 256, 8
 BATCH = 8
-RESAMPLES = 10_000
 WHITE = 255.0
 
 
@@ -210,10 +210,9 @@ def paired(values: np.ndarray, baseline: np.ndarray) -> dict[str, object]:
     return {"mean": float(difference.mean()), "mean_ci95": interval(difference)}
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """95 % of the mean's bootstrap distribution over prompts."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    return [float(x) for x in np.percentile(values[chosen].mean(1), [2.5, 97.5])]
+def interval(values: np.ndarray) -> list[float | None]:
+    found = mean_interval(values.tolist())
+    return [found.low, found.high]
 
 
 def write(report: dict[str, object], out: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from compare import same_bits
+from short_calibration import short_calibration
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import CheckpointError, UsageError, ZImageError
 from zimage_fp8.layout import ZImageConfig, fused_name, members_of, tensor_shapes
@@ -38,15 +39,7 @@ REQUEST = ImageRequest("a house by the sea", 64, 64, steps=3, seed=4)
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    folder = tmp_path_factory.mktemp("calibration")
-    (folder / "prompts.txt").write_text("a red house\ntwo birds\n")
-    return CalibrationOptions(
-        file=folder / "calibration.json",
-        prompts=folder / "prompts.txt",
-        forwards=3,
-        size=(64, 64),
-        device="cpu",
-    )
+    return short_calibration(tmp_path_factory.mktemp("calibration"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compare import same_bits
+from short_calibration import short_calibration
 from zimage_fp8.checkpoint.shards import ShardReader, raw_bytes
 from zimage_fp8.checkpoint.verify import verify
 from zimage_fp8.errors import UsageError
@@ -53,15 +54,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
-    folder = tmp_path_factory.mktemp("calibration")
-    (folder / "prompts.txt").write_text("a red house\ntwo birds\n")
-    return CalibrationOptions(
-        file=folder / "calibration.json",
-        prompts=folder / "prompts.txt",
-        forwards=3,
-        size=(64, 64),
-        device="cpu",
-    )
+    return short_calibration(tmp_path_factory.mktemp("calibration"))
 
 
 @pytest.fixture(scope="module")

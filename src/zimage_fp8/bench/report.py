@@ -163,7 +163,10 @@ def _pareto(record: Record) -> Iterator[Block]:
         dots, _floor_levels(record, one), "median latency (s), less is better",
         "PSNR against BF16 (dB), more is better", "Latency against PSNR",
     )  # fmt: skip
-    caption = "Lines through the dots are 95 % intervals; the grey line joins the best choices."
+    caption = (
+        "Lines through the dots are 95 % intervals; a grey line joins the best choices where there "
+        "are several."
+    )
     yield Plot("pareto", svg, caption)
 
 
