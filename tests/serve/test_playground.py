@@ -98,10 +98,13 @@ def draw(page: "Page", prompt: str = "a fox", *, count: int = 1, **fields: objec
         page.fill(f"#{field.replace('_', '-')}", str(value))
     before = page.locator("#pictures li").count()
     page.keyboard.press("Control+Enter")
-    page.wait_for_function(
-        "n => document.querySelectorAll('#pictures li').length >= n", arg=before + count
-    )
+    page.locator("#pictures li").nth(before + count - 1).wait_for()
     page.wait_for_selector("#actions", state="visible")
+
+
+def says(page: "Page", selector: str, words: str) -> None:
+    """Wait for words. Not `wait_for_function`: it asks again by eval, which the page forbids."""
+    page.locator(selector, has_text=words).wait_for()
 
 
 def text(page: "Page", selector: str) -> str:
@@ -248,7 +251,7 @@ def test_two_policies_share_a_seed_under_a_divider(
     ours, theirs = (engine.requests for engine in engines.values())
     assert ours == theirs
     assert (text(page, "#tag-first"), text(page, "#tag-other")) == ("bf16_base", "online_fp8")
-    page.wait_for_function("document.querySelector('#facts').textContent.includes('identical')")
+    says(page, "#facts", "identical")
     where = "getComputedStyle(document.querySelector('#other')).clipPath"
     page.focus("#divider")
     assert page.evaluate(where) == "inset(0px 0px 0px 50%)"
@@ -264,7 +267,7 @@ def test_two_seeds_differ_by_what_they_differ(server: Live, visit: "Visit") -> N
     page.check("#two")
     page.select_option("#second-model", "bf16_base")
     draw(page, count=2, seed=10, second_seed=20)
-    page.wait_for_function("document.querySelector('#facts').textContent.includes('PSNR')")
+    says(page, "#facts", "PSNR")
     # Every channel of every pixel is off by 10: 10 · log10(255² / 10²) dB.
     assert text(page, "#facts") == "seed 10 vs seed 20 · PSNR 28.1 dB"
     page.get_by_text("Difference").click()
@@ -304,7 +307,7 @@ def test_two_real_policies(visit: "Visit") -> None:
         page.set_default_timeout(60_000)
         page.check("#two")
         draw(page, "an owl on a teal background", count=2, seed=11, steps=4)
-        page.wait_for_function("document.querySelector('#facts').textContent.includes('PSNR')")
+        says(page, "#facts", "PSNR")
         psnr_db = float(re.search(r"PSNR ([\d.]+)", text(page, "#facts"))[1])  # type: ignore[index]
     assert 20 < psnr_db < 60
 
@@ -321,7 +324,7 @@ def test_the_history_survives_the_page(server: Live, visit: "Visit") -> None:
     assert text(page, "#caption") == "second"
     assert page.input_value("#seed") == "2"  # the form is kept as well
     page.click("#delete")
-    page.wait_for_function("document.querySelector('#caption').textContent === 'first'")
+    says(page, "#caption", "first")
     page.click("#clear")
     page.click("#clear-yes")
     page.wait_for_selector("#empty", state="visible")
@@ -493,7 +496,7 @@ def test_a_failure_and_a_lost_server_are_told(
         page.wait_for_selector("#error", state="visible")
         assert "the server failed" in text(page, "#error")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.querySelector('#error').textContent.includes('answer')")
+    says(page, "#error", "answer")
     assert text(page, "#error") == "The server does not answer. Is it still running?"
 
 
