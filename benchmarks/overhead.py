@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,13 +46,16 @@ def picture() -> np.ndarray:
 
 def serve() -> None:
     """The server's process: prints its port, then answers until it is killed."""
+    import torch
     import uvicorn
 
-    from zimage_fp8.model.pipeline import CaptionCache, GeneratedImage, ImageRequest
+    from zimage_fp8.model.drawing import Clock, Conditions, Drawing
+    from zimage_fp8.model.pipeline import CaptionCache
+    from zimage_fp8.model.request import GeneratedImage, ImageRequest
     from zimage_fp8.serve import build_app
     from zimage_fp8.serve.server import bind
 
-    pixels = picture()
+    pixels, nothing = picture(), torch.zeros(1)
 
     class Null:
         model, policy, default_size = "null", "bf16_base", (WIDTH, HEIGHT)
@@ -62,11 +66,24 @@ def serve() -> None:
         def num_tokens(self, prompt: str) -> int:
             return 20
 
-        def generate(self, request: ImageRequest, on_step=None, previews=None) -> GeneratedImage:
-            for step in range(request.steps):
-                on_step(step + 1, request.steps)
+        def shape(self, request: ImageRequest) -> Hashable:
+            return None
+
+        def begin(self, request: ImageRequest) -> Drawing:
+            sigmas = tuple(1 - step / request.steps for step in range(request.steps + 1))
+            clock = Clock(torch.device("cpu"))
+            return Drawing(request, sigmas, Conditions(nothing), nothing, clock)
+
+        def step(self, drawings: Sequence[Drawing]) -> None:
+            for drawing in drawings:
+                drawing.advance([nothing])
+
+        def preview(self, drawing: Drawing) -> np.ndarray:
+            return pixels
+
+        def finish(self, drawing: Drawing) -> GeneratedImage:
             timings_s = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
-            return GeneratedImage(pixels, request, (1.0, 0.0), request.steps, timings_s)
+            return GeneratedImage(pixels, drawing.request, drawing.sigmas, drawing.nfe, timings_s)
 
         def describe(self) -> dict[str, object]:
             return {"model": "null", "policy": "bf16_base", "device": "cpu", "versions": versions()}

@@ -29,7 +29,7 @@ from PIL import Image
 
 from gpu import envelope
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.picture import encode_pixels, png_around, up_filtered
 
 SIZES = ((1024, 512), (1024, 1024))

@@ -26,7 +26,8 @@ from torch import Tensor
 from zimage_fp8.bench.statistics import mean_interval
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import denoise, schedule, transformer_time
 from zimage_fp8.model.z_image import TOKEN_MULTIPLE, pad_captions
 from zimage_fp8.provenance import commit, machine, versions

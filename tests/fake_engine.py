@@ -2,19 +2,24 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
+import torch
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import CaptionCache, GeneratedImage, ImageRequest, Previews
+from zimage_fp8.model.drawing import Clock, Conditions, Drawing
+from zimage_fp8.model.pipeline import CaptionCache
+from zimage_fp8.model.request import GeneratedImage, ImageRequest
+
+NOTHING = torch.zeros(1)
 
 
 class FakeEngine:
     """Draws a flat picture whose grey is the seed, and previews whose grey is their step.
 
-    While `gate` is cleared, `generate` waits before each step; each step lasts `step_s`, and
-    `steps_run` counts them, and `requests` keeps what was drawn.
+    While `gate` is cleared, `step` waits; each step lasts `step_s`. `steps_run` counts the steps of
+    all pictures, `companies` has how many were drawn in each, and `requests` what was finished.
     """
 
     model = "fake"
@@ -28,6 +33,7 @@ class FakeEngine:
         self.gate.set()
         self.started = threading.Semaphore(0)
         self.steps_run = 0
+        self.companies: list[int] = []
         self.step_s = 0.0
         self.failure: Exception | None = None
 
@@ -42,29 +48,36 @@ class FakeEngine:
     def num_tokens(self, prompt: str) -> int:
         return len(prompt.split())
 
-    def generate(
-        self,
-        request: ImageRequest,
-        on_step: Callable[[int, int], None] | None = None,
-        previews: Previews | None = None,
-    ) -> GeneratedImage:
+    def shape(self, request: ImageRequest) -> Hashable:
+        return (request.width, request.height)
+
+    def begin(self, request: ImageRequest) -> Drawing:
         self.started.release()
         steps = request.steps_to_run
-        for step in range(steps):
-            assert self.gate.wait(30)
-            if self.failure:
-                raise self.failure
-            time.sleep(self.step_s)
-            self.steps_run += 1
-            if previews and step + 1 in previews.steps:
-                previews.show(flat(request, step + 1))
-            if on_step:
-                on_step(step + 1, steps)
-        self.requests.append(request)
-        pixels = flat(request, request.seed % 256)
         sigmas = tuple(1 - step / request.steps for step in range(request.steps + 1))[-steps - 1 :]
+        return Drawing(request, sigmas, Conditions(NOTHING), NOTHING, Clock(torch.device("cpu")))
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        assert self.gate.wait(30)
+        if self.failure:
+            raise self.failure
+        time.sleep(self.step_s)
+        self.steps_run += len(drawings)
+        self.companies.append(len(drawings))
+        for drawing in drawings:
+            drawing.advance([NOTHING], len(drawings))
+
+    def preview(self, drawing: Drawing) -> np.ndarray:
+        return flat(drawing.request, drawing.done)
+
+    def finish(self, drawing: Drawing) -> GeneratedImage:
+        request = drawing.request
+        self.requests.append(request)
         timings_s = {"encode": 0.25, "denoise": 0.5, "decode": 0.125}
-        return GeneratedImage(pixels, request, sigmas, steps, timings_s)
+        pixels = flat(request, request.seed % 256)
+        return GeneratedImage(
+            pixels, request, drawing.sigmas, drawing.nfe, timings_s, drawing.company
+        )
 
     def describe(self) -> dict[str, object]:
         return {"model": self.model, "policy": self.policy, "device": "cpu", "versions": {}}

@@ -40,7 +40,7 @@ BESIDE: dict[str, set[str]] = {
     "bench": {
         *("errors", "layout", "numerics", "protocol", "provenance", "quant.policy"),
         *("checkpoint.dialects", "checkpoint.own_format", "checkpoint.shards"),
-        *("model.loading", "model.pipeline", "model.source"),
+        *("model.loading", "model.request", "model.source"),
     },
     "card": {"errors", "provenance", "bench", "quant.policy", "checkpoint"},
     "doctor": FOUNDATION | {"kernels"},

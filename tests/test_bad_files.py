@@ -13,7 +13,7 @@ from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.generate import check_early
 from zimage_fp8.inspect import inspect
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.quant.calibrate import read_calibration
 from zimage_fp8.quant.policy import find_policy
 from zimage_fp8.quantize import CalibrationOptions, quantize

@@ -21,7 +21,7 @@ from zimage_fp8.evaluate import (
     summarize,
 )
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.quant.policy import find_policy
 
 

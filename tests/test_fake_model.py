@@ -13,7 +13,7 @@ from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import UsageError
 from zimage_fp8.layout import ZImageConfig, tensor_shapes
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 
 WEIGHTED = ("transformer", "text_encoder", "vae")
 

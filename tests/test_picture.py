@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest
+from zimage_fp8.model.request import GeneratedImage, ImageRequest
 from zimage_fp8.picture import encode_picture, encode_pixels, read_metadata
 
 DESCRIBE = {"model": "m", "policy": "p", "versions": {}}

@@ -21,7 +21,8 @@ from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import CheckpointError, UsageError, ZImageError
 from zimage_fp8.layout import ZImageConfig, fused_name, members_of, tensor_shapes
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.numerics import QMAX, amax
 from zimage_fp8.numerics import quantize as quantize_codes
 from zimage_fp8.quant.calibrate import read_calibration

@@ -15,7 +15,8 @@ from zimage_fp8.errors import UsageError
 from zimage_fp8.inspect import inspect
 from zimage_fp8.layout import fused_name
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.outliers import plant_outliers
 from zimage_fp8.quant.calibrate import read_calibration
 from zimage_fp8.quant.method import Method

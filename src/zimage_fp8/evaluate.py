@@ -28,7 +28,8 @@ from zimage_fp8.model.calibration import (
     run_calibration,
 )
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import Velocity, denoise, schedule
 from zimage_fp8.model.weights import load_transformer
 from zimage_fp8.quant.calibrate import Calibration

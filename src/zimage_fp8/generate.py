@@ -8,7 +8,8 @@ from pathlib import Path
 
 from zimage_fp8.engine.profile import Profile, profile
 from zimage_fp8.errors import UsageError, ZImageError
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline, check_values
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest, check_values
 from zimage_fp8.picture import encode_png
 
 OnStep = Callable[[int, int, int], None]  # (picture, steps done, steps in all)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from zimage_fp8.errors import ZImageError
 
 if TYPE_CHECKING:
-    from zimage_fp8.model.pipeline import GeneratedImage
+    from zimage_fp8.model.request import GeneratedImage
 
 PARAMETERS_KEY = "parameters"  # what Civitai, Forge, SD.Next and most galleries read
 OWN_KEY = "zimage_fp8"

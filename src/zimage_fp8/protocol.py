@@ -269,13 +269,15 @@ class RunFacts(BaseModel):
     """What the server did for this request, in the block `zimage_fp8`.
 
     `nfe` counts forwards of the transformer over all n images; `timings_s` are sums over them,
-    except `queue`, the wait before the first. `strength` is there when a picture was edited.
+    except `queue`, the wait before the first. `batch` is the most pictures that shared a forward
+    with one of these. `strength` is there when a picture was edited.
     `server` is the server's self-description.
     """
 
     policy: str
     steps: int
     nfe: int
+    batch: int = 1
     guidance: float
     strength: float | None = None
     sigmas: list[float]

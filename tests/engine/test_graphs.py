@@ -7,7 +7,7 @@ from torch import Tensor
 from compare import same_bits
 from zimage_fp8.engine import EngineOptions, load_pipeline
 from zimage_fp8.engine.graphs import GraphCache
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 
 CUDA = torch.device("cuda")
 CAPTURE_RUNS = 2  # one to warm up, one recorded

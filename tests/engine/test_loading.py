@@ -12,7 +12,7 @@ from zimage_fp8.engine.text import FastTextEncoder
 from zimage_fp8.engine.vae import FastDecoder
 from zimage_fp8.errors import UsageError
 from zimage_fp8.model.loading import PLAIN
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 
 CPU = torch.device("cpu")
 PROMPT = "a 3d icon of a red apple on a teal background"

@@ -26,7 +26,9 @@ from zimage_fp8.engine.profile import (
 from zimage_fp8.engine.work import ATTENTION, CONVOLUTION, DATA_SHEETS, GEMM, Ceilings, Work
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.generate import check_path, profile_to
-from zimage_fp8.model.pipeline import STAGE_MARK, ImageRequest, Pipeline
+from zimage_fp8.model.drawing import STAGE_MARK
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.render import profile_text
 
 REQUEST = ImageRequest("a red apple on a teal background", 32, 48, steps=2)

@@ -9,7 +9,7 @@ from compare import sqnr_db
 from zimage_fp8.errors import UsageError
 from zimage_fp8.model.diffusers_bridge import load_diffusers_transformer
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import denoise, schedule
 from zimage_fp8.quantize import CalibrationOptions, quantize
 

@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageImg2ImgPipeline
 from zimage_fp8.errors import UsageError
 from zimage_fp8.model.inpainting import blend
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import add_noise, draw_latent, last_part, schedule
 
 WIDTH, HEIGHT = 64, 48

@@ -11,7 +11,8 @@ from torch import Tensor
 from compare import same_bits
 from zimage_fp8.errors import OutOfMemory
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import CaptionCache, ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import CaptionCache, Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.text import PromptEncoder
 
 REQUEST = ImageRequest("a red apple", 64, 48, steps=2)
@@ -37,12 +38,13 @@ class FullOnce:
     def __init__(self, pipeline: Pipeline) -> None:
         self.inner = pipeline.denoiser
         self.forwards = self.released = 0
-        self.latent: weakref.ref[Tensor] | None = None
+        self.activation: weakref.ref[Tensor] | None = None
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         self.forwards += 1
         if self.forwards == 2:
-            self.latent = weakref.ref(latent)
+            activation = latent.clone()
+            self.activation = weakref.ref(activation)
             raise torch.OutOfMemoryError(FULL)
         return self.inner.forward(latent, t, caption)
 
@@ -75,8 +77,8 @@ def test_everything_of_the_attempt_is_given_back(pipeline: Pipeline) -> None:
     with pytest.raises(OutOfMemory) as raised:
         pipeline.generate(REQUEST)
     assert raised.value.__context__ is None
-    assert denoiser.latent is not None
-    assert denoiser.latent() is None
+    assert denoiser.activation is not None
+    assert denoiser.activation() is None
     assert denoiser.released == 1
     assert pipeline.captions.get(REQUEST.prompt) is None
 

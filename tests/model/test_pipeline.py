@@ -8,7 +8,8 @@ import torch
 from compare import relative_error, same_bits
 from zimage_fp8.errors import UsageError
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import denoise, schedule
 from zimage_fp8.model.source import NANO_FOLDER
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fake_engine import FakeEngine
 from live_server import Live, live, wait_until
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.serve import ServeOptions, build_app
 
 # SillyTavern's image extension, all of its switches off.

@@ -5,7 +5,7 @@ import io
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -15,7 +15,8 @@ from PIL import Image
 from fake_engine import FakeEngine
 from live_server import Live, live, wait_until
 from zimage_fp8.errors import OutOfMemory
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
+from zimage_fp8.model.drawing import Drawing
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.serve import ServeOptions, build_app
 
 PATH = "/v1/images/generations"
@@ -306,17 +307,12 @@ class FailsAtFirst(FakeEngine):
 
     has_failed = False
 
-    def generate(
-        self,
-        request: ImageRequest,
-        on_step: Callable[[int, int], None] | None = None,
-        previews: Previews | None = None,
-    ) -> GeneratedImage:
+    def begin(self, request: ImageRequest) -> Drawing:
         if not self.has_failed:
             self.has_failed = True
             self.gate.clear()
             raise MemoryError
-        return super().generate(request, on_step, previews)
+        return super().begin(request)
 
 
 def test_when_one_of_n_pictures_fails_the_others_are_not_drawn() -> None:

@@ -1,24 +1,19 @@
 """Whatever happens to a job, its future is completed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from fake_engine import FakeEngine
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.model.pipeline import ImageRequest
-from zimage_fp8.serve.jobs import (
-    EngineLost,
-    Job,
-    JobCancelled,
-    JobQueue,
-    Order,
-    QueueClosed,
-    QueueFull,
-    TooSlow,
-)
+from zimage_fp8.model.drawing import Drawing
+from zimage_fp8.model.request import ImageRequest
+from zimage_fp8.serve import jobs as jobs_module
+from zimage_fp8.serve.job import Job, JobCancelled, Order
+from zimage_fp8.serve.jobs import EngineLost, JobQueue, QueueClosed, QueueFull, TooSlow
 from zimage_fp8.serve.pace import Pace
 from zimage_fp8.serve.turns import Turns
 
@@ -146,18 +141,27 @@ def test_draining_refuses_requests_of_which_no_picture_has_begun(engine: FakeEng
     queue.close()
 
 
-def test_a_client_of_little_patience_is_told_at_once(submit: Submit, engine: FakeEngine) -> None:
-    engine.step_s = 0.02
+def test_a_client_of_little_patience_is_told_at_once(
+    queue: JobQueue, submit: Submit, engine: FakeEngine
+) -> None:
     (first,) = submit(REQUEST, patience_s=0.001)  # nothing is known yet
     assert first.future.result(10)
+    queue.pace = taught(engine, 0.08)
     with pytest.raises(TooSlow) as refused:
         submit(REQUEST, patience_s=0.01)
     assert refused.value.retry_after_s is None  # even an idle server would be too slow
     engine.gate.clear()
     submit(REQUEST)
     with pytest.raises(TooSlow) as refused:
-        submit(REQUEST, patience_s=0.12)  # 80 ms each, two of them
+        submit(REQUEST, patience_s=0.12)  # two of them
     assert refused.value.retry_after_s == 1
+
+
+def taught(engine: FakeEngine, picture_s: float) -> Pace:
+    """A pace that knows how long REQUEST takes."""
+    pace = Pace()
+    pace.learn(Job(REQUEST, engine), picture_s)
+    return pace
 
 
 def test_the_estimate_grows_with_what_waits(engine: FakeEngine) -> None:
@@ -185,6 +189,94 @@ def test_a_warm_up_teaches_nothing(queue: JobQueue, engine: FakeEngine) -> None:
     queue.submit([job])
     assert job.future.result(10)
     assert queue.pace.estimate_s([job]) == 0
+
+
+@pytest.fixture
+def pairs(engine: FakeEngine) -> Iterator[JobQueue]:
+    """A queue that draws two pictures at once, and waits at the gate of the first step."""
+    queue = JobQueue(max_waiting=50, max_batch=2)
+    engine.gate.clear()
+    queue.start()
+    yield queue
+    engine.gate.set()
+    queue.close()
+
+
+def test_alike_pictures_are_drawn_together(pairs: JobQueue, engine: FakeEngine) -> None:
+    jobs = put(pairs, engine, *[REQUEST] * 3)
+    assert engine.started.acquire(timeout=10)
+    engine.gate.set()
+    assert [job.future.result(10).company for job in jobs] == [2, 2, 1]
+    assert engine.companies == [2] * 4 + [1] * 4
+
+
+def test_newcomers_join_at_a_step_boundary(pairs: JobQueue, engine: FakeEngine) -> None:
+    (first,) = put(pairs, engine, REQUEST)
+    assert engine.started.acquire(timeout=10)  # it waits in its first step
+    (second,) = put(pairs, engine, REQUEST)
+    engine.gate.set()
+    assert first.future.result(10).nfe == second.future.result(10).nfe == 4
+    assert engine.companies == [1, 2, 2, 2, 1]
+
+
+def test_nobody_is_overtaken(pairs: JobQueue, engine: FakeEngine) -> None:
+    """A picture of another shape waits for the running ones, and those behind it for it."""
+    other = replace(REQUEST, width=32)
+    jobs = [
+        *put(pairs, engine, REQUEST),
+        *put(pairs, engine, other),
+        *put(pairs, engine, replace(REQUEST, prompt="last")),
+    ]
+    engine.gate.set()
+    assert all(job.future.result(10) for job in jobs)
+    assert engine.companies == [1] * 12
+    assert [request.width for request in engine.requests] == [16, 32, 16]
+
+
+def test_pictures_of_two_engines_are_drawn_apart(pairs: JobQueue, engine: FakeEngine) -> None:
+    another = FakeEngine()
+    jobs = put(pairs, engine, REQUEST) + put(pairs, another, REQUEST)
+    engine.gate.set()
+    assert [job.future.result(10).company for job in jobs] == [1, 1]
+
+
+def test_one_who_leaves_leaves_the_others_alone(pairs: JobQueue, engine: FakeEngine) -> None:
+    gone, stays = put(pairs, engine, REQUEST, REQUEST)
+    assert engine.started.acquire(timeout=10)
+    gone.cancel()
+    engine.gate.set()
+    assert isinstance(gone.future.exception(10), JobCancelled)
+    assert stays.future.result(10).nfe == 4
+
+
+def test_a_failure_of_several_is_looked_for_one_by_one(pairs: JobQueue) -> None:
+    engine = PoorEngine()
+    bad, good = put(pairs, engine, replace(REQUEST, prompt="bad"), REQUEST)
+    assert isinstance(bad.future.exception(10), MemoryError)
+    assert good.future.result(10).nfe == 4
+    assert engine.companies == [1] * 4
+
+
+class PoorEngine(FakeEngine):
+    """It cannot draw what is called bad, and nothing in company with it."""
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        if any(drawing.request.prompt == "bad" for drawing in drawings):
+            raise MemoryError
+        super().step(drawings)
+
+
+def test_company_shares_the_time_it_takes(
+    pairs: JobQueue, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learnt of two together is what one costs the engine, not how long it took."""
+    a_second_per_step = SimpleNamespace(perf_counter=lambda: float(len(engine.companies)))
+    monkeypatch.setattr(jobs_module, "time", a_second_per_step)
+    jobs = put(pairs, engine, REQUEST, REQUEST)
+    engine.gate.set()
+    assert all(job.future.result(10) for job in jobs)
+    assert [job.spent_s for job in jobs] == [2.0, 2.0]
+    assert pairs.pace.estimate_s(jobs) == pytest.approx(4.0)
 
 
 def waiting(client: str, *names: str) -> list[Job]:
@@ -225,11 +317,9 @@ def test_ten_pictures_hold_up_a_newcomer_for_two(long_queue: JobQueue, engine: F
 
 def test_a_deadline_counts_only_what_comes_before(long_queue: JobQueue, engine: FakeEngine) -> None:
     submit = partial(put, long_queue, engine)
-    engine.step_s = 0.02
-    (first,) = submit(REQUEST)
-    assert first.future.result(10)
+    long_queue.pace = taught(engine, 0.08)
     engine.gate.clear()
-    submit(*[REQUEST] * 10, client="ten")  # 80 ms each
+    submit(*[REQUEST] * 10, client="ten")
     assert engine.started.acquire(timeout=10)
     assert submit(REQUEST, client="one", patience_s=0.5)
     with pytest.raises(TooSlow):

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from fake_engine import FakeEngine
 from live_server import Live, live
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.serve import ServeOptions, build_app
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from zimage_fp8.bench.variants import travelling_name
 from zimage_fp8.errors import UsageError
 from zimage_fp8.layout import PATCH, read_config
 from zimage_fp8.model.loading import DTYPES
-from zimage_fp8.model.pipeline import ImageRequest, check_values
+from zimage_fp8.model.request import ImageRequest, check_values
 from zimage_fp8.model.source import display_name
 from zimage_fp8.protocol import MAX_SEED, parse_size
 

@@ -58,7 +58,7 @@ def generate(
     from zimage_fp8.engine import EngineOptions, load_pipeline
     from zimage_fp8.generate import check_early, check_path, profile_to
     from zimage_fp8.generate import generate as draw
-    from zimage_fp8.model.pipeline import ImageRequest
+    from zimage_fp8.model.request import ImageRequest
     from zimage_fp8.quant.calibrate import read_calibration
     from zimage_fp8.render import profile_text
 

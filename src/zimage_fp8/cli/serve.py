@@ -88,6 +88,15 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Pictures that may wait; beyond it the answer is 429.")
     ] = 32,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pictures of one size that may share forwards, joining and leaving between steps. "
+            "More of them are drawn per second where one does not fill the device; each waits "
+            "longer, and may round differently than alone.",
+        ),
+    ] = 1,
     warm_up: Annotated[bool, typer.Option(help="Draw two pictures before /ready says so.")] = True,
     record: Annotated[
         Path | None,
@@ -116,6 +125,7 @@ def serve(
     options = ServeOptions(
         warm_up=warm_up,
         max_waiting=max_waiting,
+        max_batch=max_batch,
         max_images=max_images,
         max_pixels=max_pixels,
         max_steps=max_steps,

@@ -27,7 +27,9 @@ from zimage_fp8.engine.work import (
     decode_work,
     denoise_work,
 )
-from zimage_fp8.model.pipeline import STAGE_MARK, GeneratedImage, ImageRequest, Pipeline
+from zimage_fp8.model.drawing import STAGE_MARK
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import GeneratedImage, ImageRequest
 
 GAPS, OTHER = "gaps", "other"
 

@@ -101,16 +101,16 @@ class FusedTransformer:
         self._this_step: torch.cuda.Event | None = None
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
-        """latent: fp32 [batch, channels, height, width]; t: fp32 [1] on the CPU; caption:
-        [batch, tokens, dim]. Returns fp32 of latent's shape.
+        """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU;
+        caption: [1 or batch, tokens, dim]. Returns fp32 of latent's shape.
 
         The host runs at most one step ahead of the GPU, so that whoever counts steps or cancels
         between them is not told of work that has hardly begun.
         """
-        vectors = self._vectors(t)
+        vectors = _batch([self._vectors(float(one)) for one in t])
         if self._last_step is not None:
             self._last_step.synchronize()
-        key = ("step", self._owner, tuple(latent.shape), caption.shape[1])
+        key = ("step", self._owner, *(tuple(x.shape) for x in (latent, vectors, caption)))
         output = self.graphs.run(key, self._step, latent, vectors, caption).clone()
         if self.device.type == "cuda":
             self._last_step, self._this_step = self._this_step, _event()
@@ -143,15 +143,14 @@ class FusedTransformer:
         block = self.layers[0]
         return {"to_qkv": block.to_qkv, "to_out": block.to_out, "w13": block.w13, "w2": block.w2}
 
-    def _vectors(self, t: Tensor) -> Tensor:
+    def _vectors(self, t: float) -> Tensor:
         """Everything a timestep decides: fp32 [1, 4 · blocks + 1, dim]."""
-        key = float(t)
-        if key not in self._timesteps:
-            self._timesteps[key] = self._form_vectors(t.to(self.device))
+        if t not in self._timesteps:
+            self._timesteps[t] = self._form_vectors(torch.tensor([t], device=self.device))
             if len(self._timesteps) > KEPT_TIMESTEPS:
                 self._timesteps.popitem(last=False)
-        self._timesteps.move_to_end(key)
-        return self._timesteps[key]
+        self._timesteps.move_to_end(t)
+        return self._timesteps[t]
 
     def _form_vectors(self, t: Tensor) -> Tensor:
         dim = self.config.dim
@@ -208,6 +207,10 @@ class FusedTransformer:
         q, k, v = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5)
         mixed = self.attention.run(q, k, v).flatten(0, 1)
         return block.to_out(encode(mixed, block.to_out.reads))
+
+
+def _batch(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _event() -> torch.cuda.Event:

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_fp8.layout import PATCH, PATCH_KEY, linear_shapes
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.z_image import TOKEN_MULTIPLE
 
 GEMM, ATTENTION, CONVOLUTION = "GEMM", "attention", "convolution"

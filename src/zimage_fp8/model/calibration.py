@@ -9,7 +9,8 @@ import torch
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.layout import fused_name, linear_shapes
-from zimage_fp8.model.pipeline import MAX_STEPS, ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import MAX_STEPS, ImageRequest
 from zimage_fp8.model.sampling import calibration_schedule, denoise
 from zimage_fp8.provenance import versions
 from zimage_fp8.quant.calibrate import Calibration, check_amax, observe

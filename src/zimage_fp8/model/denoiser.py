@@ -14,8 +14,9 @@ class Denoiser(Protocol):
         """As `ZImageTransformer.refine_caption`."""
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
-        """latent: fp32 [batch, channels, height, width]; t: fp32 [1] on the CPU, 1 − sigma;
-        caption: a refined one. Returns the transformer's output, fp32 of latent's shape."""
+        """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU,
+        1 − sigma; caption: refined, [1 or batch, tokens, dim]. Returns the transformer's output,
+        fp32 of latent's shape."""
 
     def describe(self) -> dict[str, object]:
         """What runs, by name: attention, matrix products."""

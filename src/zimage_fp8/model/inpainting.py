@@ -1,22 +1,31 @@
 """Drawing a part of a picture anew: where the mask is true, and nowhere else."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from zimage_fp8.model.sampling import Velocity
-
 FEATHER_PX = 4  # half a latent cell: a cut at full sharpness shows the VAE's change of tone
 
 
-def inside(mask: Tensor, velocity: Velocity, road: Tensor) -> Velocity:
-    """The model's velocity where `mask` is true; elsewhere `road`, noise minus the source's latent.
+@dataclass(frozen=True)
+class Kept:
+    """What a mask leaves alone. mask: bool [1, 1, height/8, width/8], true where the picture is
+    drawn; road: noise minus the source's latent."""
 
-    From a point on the straight road between source and noise, that velocity keeps to it, so that
-    at every sigma the model sees the source as noisy as what it draws, and at 0 the source is back.
-    """
-    return lambda latent, sigma: torch.where(mask, velocity(latent, sigma), road)
+    mask: Tensor
+    road: Tensor
+
+    def inside(self, velocity: Tensor) -> Tensor:
+        """The model's velocity where the mask is true; elsewhere the road's.
+
+        From a point on the straight road between source and noise, that velocity keeps to it, so
+        that at every sigma the model sees the source as noisy as what it draws, and at 0 the source
+        is back.
+        """
+        return torch.where(self.mask, velocity, self.road)
 
 
 def blend(source: np.ndarray, drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,144 +1,44 @@
 """From a prompt to pixels: encode, draw noise, denoise, decode."""
 
-import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from zimage_fp8.errors import OutOfMemory, UsageError, ZImageError
 from zimage_fp8.layout import PATCH
 from zimage_fp8.model.denoiser import Denoiser, PlainDenoiser
-from zimage_fp8.model.inpainting import blend, inside
+from zimage_fp8.model.drawing import Clock, Conditions, Drawing
+from zimage_fp8.model.inpainting import Kept, blend
+from zimage_fp8.model.request import SIZE_MULTIPLE, GeneratedImage, ImageRequest, check_values
 from zimage_fp8.model.sampling import (
     OnStep,
     Velocity,
     add_noise,
-    denoise,
     draw_latent,
-    guide,
     last_part,
     schedule,
-    steps_to_walk,
     transformer_time,
 )
 from zimage_fp8.model.text import PromptEncoder
 from zimage_fp8.model.vae import Decoder
-from zimage_fp8.model.z_image import ZImageTransformer, pad_captions
+from zimage_fp8.model.z_image import TOKEN_MULTIPLE, ZImageTransformer, pad_captions
 from zimage_fp8.provenance import commit, versions
 from zimage_fp8.quant.policy import Plan
 
-SIZE_MULTIPLE = 16  # the VAE's factor 8 times the transformer's patch of 2
-MAX_STEPS = 200
-MAX_GUIDANCE = 20.0
-STAGE_MARK = "end of stage: "  # what a profiler's timeline shows where a stage ends
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ImageRequest:
-    """One picture. `steps` are denoise steps; `guidance` 0 is off; one seed is one latent.
+class Forward(NamedTuple):
+    """What the transformer is asked. place: the caption's among those of its drawing."""
 
-    source: uint8 [height, width, 3], a picture to start from; then only the last `strength` (above
-    0, to 1) of the steps are run. mask: bool [height, width], true where the source is drawn anew;
-    elsewhere its pixels stay.
-    """
-
-    prompt: str
-    width: int
-    height: int
-    negative_prompt: str = ""
-    steps: int = 8
-    guidance: float = 0.0
-    seed: int = 0
-    strength: float = 1.0
-    source: np.ndarray | None = field(default=None, compare=False, repr=False)
-    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def steps_to_run(self) -> int:
-        """`steps`, without those that `strength` leaves out."""
-        return steps_to_walk(self.steps, self.strength)
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """pixels: uint8 [height, width, 3]. nfe: DiT forwards. timings_s: encode, denoise, decode."""
-
-    pixels: np.ndarray
-    request: ImageRequest
-    sigmas: tuple[float, ...]
-    nfe: int
-    timings_s: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Previews:
-    """Pictures of the model's running guess: `show(pixels)` is called once in each step of `steps`.
-
-    steps count from 1. pixels: uint8 [height, width, 3] of `latent − sigma · velocity`, which is
-    where the current step points to. `show` may raise to cancel.
-    """
-
-    steps: frozenset[int]
-    show: Callable[[np.ndarray], None]
-
-
-def check_values(request: ImageRequest) -> None:
-    """Raise UsageError, naming the field, for what no model could draw."""
-    if not request.prompt.strip():
-        raise UsageError("the prompt is empty; describe a picture", param="prompt")
-    for text, param in ((request.prompt, "prompt"), (request.negative_prompt, "negative_prompt")):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UsageError(f"the {param} is not valid Unicode", param=param)
-    _check_size(request.width, request.height)
-    if not 1 <= request.steps <= MAX_STEPS:
-        raise UsageError(
-            f"steps is {request.steps}, expected 1 to {MAX_STEPS}; Turbo is made for 8",
-            param="steps",
-        )
-    if not 0 <= request.guidance <= MAX_GUIDANCE:
-        raise UsageError(
-            f"guidance is {request.guidance}, expected 0 (off) to {MAX_GUIDANCE:g}",
-            param="guidance",
-        )
-    if not 0 <= request.seed < 2**63:
-        raise UsageError(f"seed is {request.seed}, expected 0 to 2^63 - 1", param="seed")
-    _check_source(request)
-
-
-def _check_source(request: ImageRequest) -> None:
-    if not 0 < request.strength <= 1:
-        raise UsageError(
-            f"strength is {request.strength:g}, expected above 0 (keep the picture) to 1 (draw "
-            "it anew)",
-            param="strength",
-        )
-    if request.source is None and (request.strength != 1 or request.mask is not None):
-        param = "mask" if request.mask is not None else "strength"
-        raise UsageError(f"{param} has no meaning without a picture to start from", param=param)
-    for array, param in ((request.source, "image"), (request.mask, "mask")):
-        if array is not None and array.shape[:2] != (request.height, request.width):
-            found = "x".join(map(str, array.shape[1::-1]))
-            raise UsageError(
-                f"the {param} is {found}, not {request.width}x{request.height}", param=param
-            )
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise UsageError(f"size {width}x{height}: both sides must be positive", param="size")
-    if width % SIZE_MULTIPLE or height % SIZE_MULTIPLE:
-        nearest = (max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in (width, height))
-        raise UsageError(
-            f"size {width}x{height}: both sides must be multiples of {SIZE_MULTIPLE}; "
-            f"the nearest is {'x'.join(map(str, nearest))}",
-            param="size",
-        )
+    latent: Tensor
+    sigma: float
+    caption: Tensor
+    place: int
 
 
 class Pipeline:
@@ -164,7 +64,6 @@ class Pipeline:
         self.plan = plan
         self.shift = shift
         self.calibration_digest = calibration_digest
-        self.forwards = 0  # of the transformer, ever: counted, so that nfe is not a formula
         self.captions = CaptionCache()
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
@@ -190,45 +89,76 @@ class Pipeline:
         """Tokens of a prompt, chat template included. Raises UsageError when it is too long."""
         return len(self.text.tokens(prompt))
 
-    def generate(
-        self,
-        request: ImageRequest,
-        on_step: OnStep | None = None,
-        previews: Previews | None = None,
-    ) -> GeneratedImage:
+    def generate(self, request: ImageRequest, on_step: OnStep | None = None) -> GeneratedImage:
         """Draw one picture. `on_step(done, total)` runs after every step and may raise to cancel.
 
-        Previews cost one decoding each, timed as the stage `preview`; the picture is the same.
         Raises UsageError for a request that cannot be drawn, OutOfMemory when the device has not
         enough left (the next picture may be drawn), ZImageError when the numbers are not finite.
         """
+        drawing = self.begin(request)
+        while not drawing.is_done:
+            self.step([drawing])
+            if on_step is not None:
+                on_step(drawing.done, drawing.total)
+        return self.finish(drawing)
+
+    def begin(self, request: ImageRequest) -> Drawing:
+        """Encode what `request` is drawn by, and stand before its first step.
+
+        Raises what `generate` does.
+        """
         self.validate(request)
-        try:
-            return self._generate(request, on_step, previews)
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
-        # Outside the handler, whose traceback keeps every tensor of the attempt alive.
-        raise self._out_of_memory(request, reason)
+        return self._in_memory(request, lambda: self._begin(request))
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        """Every drawing by one step, those of one `shape` with the same forward.
+
+        On an exception no drawing has moved. Raises OutOfMemory.
+        """
+        self._in_memory(drawings[0].request, lambda: self._step(drawings))
+
+    def preview(self, drawing: Drawing) -> np.ndarray:
+        """uint8 [height, width, 3]: what the last step pointed to. The drawing stays as it is."""
+        drawing.clock.lap("denoise")
+        pixels = self._in_memory(drawing.request, lambda: self.decoder.decode(drawing.guess))
+        drawing.clock.lap("preview")
+        return pixels
+
+    def finish(self, drawing: Drawing) -> GeneratedImage:
+        """The picture, after the last step. Raises OutOfMemory and ZImageError as `generate`."""
+        return self._in_memory(drawing.request, lambda: self._finish(drawing))
 
     @torch.inference_mode()
-    def _generate(
-        self, request: ImageRequest, on_step: OnStep | None, previews: Previews | None
-    ) -> GeneratedImage:
-        clock, before = _Clock(self.device), self.forwards
-        velocity = self.velocity(request)
-        clock.lap("encode")
-        if previews:
-            velocity = self._previewed(velocity, previews, clock)
+    def _begin(self, request: ImageRequest) -> Drawing:
+        clock = Clock(self.device)
+        conditions = self._conditions(request)
         sigmas = last_part(schedule(request.steps, self.shift), request.strength)
         noise = latent = self.draw_latent(request)
+        kept = None
         if request.source is not None:
             start = self.decoder.encode(request.source)
             latent = add_noise(start, noise, sigmas[0])
             if request.mask is not None:
-                velocity = inside(self._mask(request.mask), velocity, noise - start)
-            clock.lap("encode")
-        latent = denoise(velocity, latent, sigmas, on_step)
-        clock.lap("denoise")
+                kept = Kept(self._mask(request.mask), noise - start)
+        clock.lap("encode")
+        return Drawing(request, sigmas, conditions, latent, clock, kept)
+
+    @torch.inference_mode()
+    def _step(self, drawings: Sequence[Drawing]) -> None:
+        wanted = [
+            Forward(drawing.latent, drawing.sigma, caption, place)
+            for drawing in drawings
+            for place, caption in enumerate(drawing.conditions.captions)
+        ]
+        ran = iter(self._run(wanted))
+        for drawing in drawings:
+            outputs, companies = zip(*(next(ran) for _ in drawing.conditions.captions), strict=True)
+            drawing.advance(outputs, max(companies))
+
+    @torch.inference_mode()
+    def _finish(self, drawing: Drawing) -> GeneratedImage:
+        request, latent = drawing.request, drawing.latent
+        drawing.clock.lap("denoise")
         if not latent.isfinite().all():
             raise ZImageError(
                 f"the latent is not finite under policy {self.policy!r}; no picture was drawn",
@@ -237,8 +167,18 @@ class Pipeline:
         pixels = self.decoder.decode(latent)
         if request.source is not None and request.mask is not None:
             pixels = blend(request.source, pixels, request.mask)
-        clock.lap("decode")
-        return GeneratedImage(pixels, request, sigmas, self.forwards - before, clock.laps)
+        drawing.clock.lap("decode")
+        laps = drawing.clock.laps
+        return GeneratedImage(pixels, request, drawing.sigmas, drawing.nfe, laps, drawing.company)
+
+    def _in_memory(self, request: ImageRequest, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns; when it finds no memory, everything that can be is given back."""
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Outside the handler, whose traceback keeps every tensor of the attempt alive.
+        raise self._out_of_memory(request, reason)
 
     def _out_of_memory(self, request: ImageRequest, reason: str) -> OutOfMemory:
         self.denoiser.release()
@@ -253,19 +193,6 @@ class Pipeline:
             "--offload text-encoder",
         )
 
-    def _previewed(self, velocity: Velocity, previews: Previews, clock: "_Clock") -> Velocity:
-        steps = count(1)
-
-        def previewed(latent: Tensor, sigma: float) -> Tensor:
-            direction = velocity(latent, sigma)
-            if next(steps) in previews.steps:
-                clock.lap("denoise")
-                previews.show(self.decoder.decode(latent - sigma * direction))
-                clock.lap("preview")
-            return direction
-
-        return previewed
-
     def _mask(self, mask: np.ndarray) -> Tensor:
         """bool [height, width] -> [1, 1, height/8, width/8]: true where any pixel is."""
         height, width = mask.shape
@@ -277,24 +204,30 @@ class Pipeline:
         latent = draw_latent(request.seed, channels, request.height, request.width)
         return latent.to(self.device)
 
+    def shape(self, request: ImageRequest) -> Hashable:
+        """Drawings of equal shape can share forwards: the size, and captions of equal buckets."""
+        prompts = (
+            [request.prompt, request.negative_prompt] if request.guidance else [request.prompt]
+        )
+        buckets = (-(-self.num_tokens(prompt) // TOKEN_MULTIPLE) for prompt in prompts)
+        return (request.width, request.height, *buckets)
+
     @torch.inference_mode()
     def velocity(self, request: ImageRequest) -> Velocity:
-        """The velocity field of a prompt: captions are encoded and refined once, here.
+        """The velocity field of a prompt: captions are encoded and refined once, here."""
+        led = self._conditions(request)
 
-        Positive and negative captions may lie in different 32-token buckets, so each has its own
-        forward.
-        """
+        def velocity(latent: Tensor, sigma: float) -> Tensor:
+            wanted = [Forward(latent, sigma, each, n) for n, each in enumerate(led.captions)]
+            return led.velocity([output for output, _ in self._run(wanted)])
+
+        return velocity
+
+    def _conditions(self, request: ImageRequest) -> Conditions:
         positive = self._refine(request.prompt)
         if not request.guidance:
-            return lambda latent, sigma: -self._forward(latent, sigma, positive)
-        negative = self._refine(request.negative_prompt)
-
-        def guided(latent: Tensor, sigma: float) -> Tensor:
-            with_prompt = self._forward(latent, sigma, positive)
-            without = self._forward(latent, sigma, negative)
-            return -guide(with_prompt, without, request.guidance)
-
-        return guided
+            return Conditions(positive)
+        return Conditions(positive, self._refine(request.negative_prompt), request.guidance)
 
     def _refine(self, prompt: str) -> Tensor:
         """The refined caption, kept for the next picture of the same prompt."""
@@ -304,9 +237,24 @@ class Pipeline:
         self.captions.put(prompt, refined)
         return refined
 
-    def _forward(self, latent: Tensor, sigma: float, caption: Tensor) -> Tensor:
-        self.forwards += 1
-        return self.denoiser.forward(latent, transformer_time(sigma), caption)
+    def _run(self, wanted: Sequence[Forward]) -> list[tuple[Tensor, int]]:
+        """Each forward's output, and how many ran as one with it.
+
+        Those of one latent shape and one caption length do: caption buckets must never share a
+        batch, because only the padding inside a bucket is meant to be attended. The two captions of
+        one drawing do not, so that guidance takes time and no memory.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for index, (latent, _, caption, place) in enumerate(wanted):
+            groups.setdefault((latent.shape, caption.shape, place), []).append(index)
+        ran: dict[int, tuple[Tensor, int]] = {}
+        for members in groups.values():
+            latents, sigmas, captions, _ = zip(*(wanted[index] for index in members), strict=True)
+            times = [transformer_time(sigma) for sigma in sigmas]
+            output = self.denoiser.forward(_batch(latents), _batch(times), _batch(captions))
+            for index, part in zip(members, output.chunk(len(members)), strict=True):
+                ran[index] = part, len(members)
+        return [ran[index] for index in range(len(wanted))]
 
     def describe(self) -> dict[str, object]:
         """What runs, for logs, records and pictures."""
@@ -352,31 +300,13 @@ class CaptionCache:
         self._kept.clear()
 
 
-@dataclass
-class _Clock:
-    """Wall time per stage, summed over its laps, with the device's queue drained at every lap."""
-
-    device: torch.device
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._last = self._now()
-
-    def lap(self, stage: str) -> None:
-        now = self._now()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        with record_function(STAGE_MARK + stage):
-            self._last = now
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
 def _halved(side: int) -> int:
     return max(SIZE_MULTIPLE, side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _batch(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

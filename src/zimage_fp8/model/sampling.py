@@ -71,6 +71,11 @@ def guide(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
     return positive + guidance * (positive - negative)
 
 
+def euler(latent: Tensor, velocity: Tensor, sigma: float, following: float) -> Tensor:
+    """A straight step from one noise level to the following."""
+    return latent + (following - sigma) * velocity
+
+
 def denoise(
     velocity: Velocity, latent: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None
 ) -> Tensor:
@@ -81,7 +86,7 @@ def denoise(
     """
     total = len(sigmas) - 1
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
-        latent = latent + (following - sigma) * velocity(latent, sigma)
+        latent = euler(latent, velocity(latent, sigma), sigma, following)
         if on_step is not None:
             on_step(index + 1, total)
     return latent

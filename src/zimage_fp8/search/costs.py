@@ -14,7 +14,8 @@ from zimage_fp8.checkpoint.writer import component_bytes
 from zimage_fp8.engine.loading import load_pipeline
 from zimage_fp8.evaluate import Subject, Unfolded, draw
 from zimage_fp8.layout import linear_shapes, read_config
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.quant.policy import PRESETS, resolve
 from zimage_fp8.search.front import KEEP
 

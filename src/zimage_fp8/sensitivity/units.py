@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zimage_fp8.errors import UsageError
 from zimage_fp8.evaluate import Drawn, Subject, difference, draw, exchanged
 from zimage_fp8.layout import block_of, kind_of
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import Velocity
 from zimage_fp8.model.text import TextEncoder
 from zimage_fp8.numerics import E4M3_ROW, INT8_ROT, QuantSpec

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from starlette.exceptions import HTTPException
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.picture import a1111_parameters
 from zimage_fp8.protocol import ImagesRequest
 from zimage_fp8.serve.a1111_request import SAMPLER, SCHEDULER, THEIR_NAMES, Order, parse_order
@@ -28,7 +28,7 @@ from zimage_fp8.serve.catalog import Catalog
 from zimage_fp8.serve.edits import Edit
 from zimage_fp8.serve.failures import INTERNAL, error_answer
 from zimage_fp8.serve.guard import read_body
-from zimage_fp8.serve.jobs import Job
+from zimage_fp8.serve.job import Job
 from zimage_fp8.serve.reply import Drawn, Reply
 from zimage_fp8.serve.stream import cancel_all
 

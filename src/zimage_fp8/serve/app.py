@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 
 from zimage_fp8 import __version__
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import MAX_STEPS, GeneratedImage, ImageRequest
+from zimage_fp8.model.request import MAX_STEPS, GeneratedImage, ImageRequest
 from zimage_fp8.protocol import (
     MAX_IMAGES,
     MAX_PROMPT_LENGTH,
@@ -43,7 +43,8 @@ from zimage_fp8.serve.catalog import Card, Catalog
 from zimage_fp8.serve.edits import Edit, parse_edit
 from zimage_fp8.serve.failures import answer_failures
 from zimage_fp8.serve.guard import Guard, allow_origins, read_body
-from zimage_fp8.serve.jobs import Engine, Job, JobQueue
+from zimage_fp8.serve.job import Engine, Job
+from zimage_fp8.serve.jobs import JobQueue
 from zimage_fp8.serve.metrics import Metrics
 from zimage_fp8.serve.openapi import EDIT, GENERATION, PICTURE, PLAIN, TEXT
 from zimage_fp8.serve.playground import add_playground
@@ -69,6 +70,7 @@ class ServeOptions:
     """What a server's operator decides, apart from the models.
 
     cards: what else /v1/models tells of a model, by name. warm_up: draw before /ready says so.
+    max_batch: pictures of one shape that may share forwards; together they may round differently.
     max_upload_bytes: of a body with pictures in it. embed_metadata: write the prompt and settings
     into each picture. log_prompts: prompts are private, so not by default. a1111: also speak
     AUTOMATIC1111's API. api_keys: when there are any, every request but the open ones must carry
@@ -79,6 +81,7 @@ class ServeOptions:
     cards: Mapping[str, Card] = field(default_factory=dict)
     warm_up: bool = False
     max_waiting: int = 32
+    max_batch: int = 1
     max_images: int = MAX_IMAGES
     max_pixels: int = 2048 * 2048
     max_steps: int = MAX_STEPS
@@ -96,7 +99,7 @@ class ServeOptions:
 def build_app(
     engines: Engine | Mapping[str, Engine], options: ServeOptions | None = None
 ) -> FastAPI:
-    """An ASGI app that draws with these engines, one at a time.
+    """An ASGI app that draws with these engines, on one thread.
 
     Several engines go by the names that requests choose from; a single one by its own. Its thread
     starts and ends with the app's lifespan. `app.state.drain()` refuses what has not begun; call it
@@ -135,7 +138,7 @@ class Service:
     def __init__(self, catalog: Catalog, options: ServeOptions) -> None:
         self.catalog = catalog
         self.options = options
-        self.queue = JobQueue(options.max_waiting)
+        self.queue = JobQueue(options.max_waiting, options.max_batch)
         self.shelf = Shelf()
         self.metrics = Metrics(self.queue, catalog)
         self.warm_up = WarmUp(self.queue)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import JsonValue, TypeAdapter
 from starlette.exceptions import HTTPException
 
-from zimage_fp8.serve.jobs import Engine
+from zimage_fp8.serve.job import Engine
 
 JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 Card = Mapping[str, object]  # what else /v1/models tells of a model

@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.protocol import (
     MAX_PROMPT_LENGTH,
     EditsRequest,

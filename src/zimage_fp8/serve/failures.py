@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from zimage_fp8.errors import OutOfMemory, UsageError, ZImageError
 from zimage_fp8.protocol import ApiError, ErrorAnswer, UnsupportedField
-from zimage_fp8.serve.jobs import EngineLost, JobCancelled, Overloaded, QueueClosed, TooSlow
+from zimage_fp8.serve.job import JobCancelled
+from zimage_fp8.serve.jobs import EngineLost, Overloaded, QueueClosed, TooSlow
 
 # The engine's own names of what the wire calls otherwise.
 WIRE_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}

@@ -1,5 +1,9 @@
 """One device, one thread, one bounded queue of jobs; a job is one picture to draw by an engine.
 
+The thread walks step by step. At every boundary finished pictures leave and the next in turn may
+join, if it has the shape of those that run and there are fewer than `max_batch`; one step of all of
+them is one forward. Nobody is overtaken: while the next one cannot join, nobody does.
+
 Whatever happens to a job, its future is completed: with the picture, or with the exception that
 stopped it. A job is cancelled before it starts or at its next step boundary, so that a client who
 left costs at most one step. `drain` refuses what has not begun, `close` finishes the rest and ends
@@ -11,64 +15,19 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 
 from zimage_fp8.errors import ZImageError
-from zimage_fp8.model.pipeline import GeneratedImage, ImageRequest, Previews
-from zimage_fp8.serve.pace import Pace, work_of
+from zimage_fp8.serve.job import Job, JobCancelled, Order
+from zimage_fp8.serve.pace import Pace
 from zimage_fp8.serve.turns import Turns
 
 log = logging.getLogger(__name__)
 
 # OpenAI's client waits for retry-after up to 120 s and does not retry at all beyond it.
 MAX_RETRY_AFTER_S = 120
-
-
-class Lookups(Protocol):
-    """How often a cache had what was asked of it, and had not."""
-
-    hits: int
-    misses: int
-
-
-class Engine(Protocol):
-    """What the server asks of a pipeline. `generate` is only ever called by one thread.
-
-    captions: its cache of encoded prompts.
-    """
-
-    @property
-    def captions(self) -> Lookups: ...
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def policy(self) -> str: ...
-
-    @property
-    def default_size(self) -> tuple[int, int]: ...
-
-    def validate(self, request: ImageRequest) -> None: ...
-
-    def num_tokens(self, prompt: str) -> int: ...
-
-    def generate(
-        self,
-        request: ImageRequest,
-        on_step: Callable[[int, int], None] | None = None,
-        previews: Previews | None = None,
-    ) -> GeneratedImage: ...
-
-    def describe(self) -> dict[str, object]: ...
-
-
-class JobCancelled(Exception):
-    """Raised inside `generate`, at a step boundary, when nobody waits for the picture any more."""
 
 
 class Overloaded(Exception):
@@ -101,78 +60,6 @@ class EngineLost(Exception):
 Refusal = type[QueueClosed] | type[EngineLost]
 
 
-@dataclass(eq=False)
-class Order:
-    """What the jobs of one request share. client: whoever takes turns with others."""
-
-    client: object = None
-    has_begun: bool = False
-
-
-class Job:
-    """One picture to draw. `queued_s` is its wait in the queue, known once it runs.
-
-    on_step(done, total) is told of every step boundary, the one before the first step included.
-    is_warm_up: the first of its kind takes longer, so the pace learns nothing from it.
-    """
-
-    def __init__(
-        self,
-        request: ImageRequest,
-        engine: Engine,
-        previews: Previews | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-        *,
-        is_warm_up: bool = False,
-    ) -> None:
-        self.request = request
-        self.engine = engine
-        self.previews = previews
-        self.on_step = on_step
-        self.future: Future[GeneratedImage] = Future()
-        self.is_warm_up = is_warm_up
-        self.queued_s = 0.0
-        self.work = work_of(request)
-        self.order = Order()
-        self.submitted = time.time()
-        self._unwanted = threading.Event()
-
-    @property
-    def is_unwanted(self) -> bool:
-        return self._unwanted.is_set()
-
-    def cancel(self) -> None:
-        """Nobody waits for this picture any more. No effect on a finished job."""
-        self._unwanted.set()
-
-    @property
-    def client(self) -> object:
-        return self.order.client
-
-    def run(self, pace: Pace) -> None:
-        """Complete the future, after `pace` has learnt how long that took."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        started = time.perf_counter()
-        self.queued_s = max(0.0, time.time() - self.submitted)
-        pace.begin(started)
-        try:
-            self._stop_if_unwanted(0, self.request.steps_to_run)
-            image = self.engine.generate(self.request, self._stop_if_unwanted, self.previews)
-            if not self.is_warm_up:
-                pace.learn(self, time.perf_counter() - started)
-        except BaseException as error:  # noqa: BLE001  the waiting client must hear of all of them
-            self.future.set_exception(error)
-            return
-        self.future.set_result(image)
-
-    def _stop_if_unwanted(self, done: int, total: int) -> None:
-        if self.is_unwanted:
-            raise JobCancelled(f"stopped after step {done} of {total}: the client is gone")
-        if self.on_step:
-            self.on_step(done, total)
-
-
 def probe_device() -> None:
     """Raise what CUDA says when an earlier kernel broke its context: that is for good."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -184,14 +71,21 @@ HARMLESS = (ZImageError, JobCancelled)
 
 
 class JobQueue:
-    """Jobs in turns. At most `max_waiting` wait before newcomers are turned away."""
+    """Jobs in turns. At most `max_waiting` wait before newcomers are turned away, and at most
+    `max_batch` are drawn at once."""
 
-    def __init__(self, max_waiting: int, probe: Callable[[], None] = probe_device) -> None:
+    def __init__(
+        self,
+        max_waiting: int,
+        max_batch: int = 1,
+        probe: Callable[[], None] = probe_device,
+    ) -> None:
         self.max_waiting = max_waiting
+        self.max_batch = max_batch
         self.pace = Pace()
         self._probe = probe
         self._waiting: Turns[Job] = Turns()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._closed: Refusal | None = None  # why, when nothing is accepted any more
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -211,7 +105,7 @@ class JobQueue:
 
     @property
     def num_running(self) -> int:
-        return int(self._running is not None)
+        return len(self._running)
 
     def start(self) -> None:
         self._thread.start()
@@ -284,20 +178,80 @@ class JobQueue:
             )
 
     def _work(self) -> None:
-        while job := self._next_job():
-            job.run(self.pace)
-            self._running = None
-            if (error := job.future.exception()) is not None:
-                self._doubt_device(error)
+        while self._gather():
+            self._draw()
+            with self._changed:
+                self._running = self._alive()
 
-    def _next_job(self) -> Job | None:
+    def _gather(self) -> bool:
+        """Wait for work, and let join who may. False when nothing is left and nothing will come."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) or self._closed)
-            if not len(self._waiting):
-                return None
-            self._running = job = self._waiting.pop()
-            job.order.has_begun = True
-            return job
+            self._changed.wait_for(lambda: self._running or len(self._waiting) or self._closed)
+            while len(self._waiting) and self._may_join(next(iter(self._waiting))):
+                job = self._waiting.pop()
+                job.order.has_begun = True
+                self._running.append(job)
+            return bool(self._running)
+
+    def _may_join(self, job: Job) -> bool:
+        if not self._running:
+            return True
+        if len(self._running) == self.max_batch:
+            return False
+        first = self._running[0]
+        return job.engine is first.engine and job.shape == first.shape
+
+    def _alive(self) -> list[Job]:
+        return [job for job in self._running if not job.future.done()]
+
+    def _draw(self) -> None:
+        """Every running picture by one step; newcomers begin, finished ones are completed."""
+        began, company = time.perf_counter(), len(self._running)
+        for job in self._alive():
+            if not job.has_begun:
+                self._attempt(job, job.begin)
+        self._step(self._alive())
+        for job in self._alive():
+            self._attempt(job, job.after_step)
+        share_s = (time.perf_counter() - began) / company
+        for job in self._alive():
+            job.spent_s += share_s
+        for job in self._alive():
+            if job.drawing.is_done:
+                self._attempt(job, partial(self._finish, job))
+
+    def _step(self, jobs: Sequence[Job]) -> None:
+        """Together; after a failure one by one, to fail those that fail alone."""
+        if not jobs:
+            return
+        try:
+            jobs[0].engine.step([job.drawing for job in jobs])
+        except BaseException as error:  # noqa: BLE001  the waiting client must hear of all of them
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:
+                log.warning("a step of %d pictures failed, now one by one: %s", len(jobs), error)
+                for job in jobs:
+                    self._step([job])
+
+    def _finish(self, job: Job) -> None:
+        """Complete the future, after the pace has learnt how long it took."""
+        began = time.perf_counter()
+        image = job.engine.finish(job.drawing)
+        job.spent_s += time.perf_counter() - began
+        if not job.is_warm_up:
+            self.pace.learn(job, job.spent_s)
+        job.future.set_result(image)
+
+    def _attempt(self, job: Job, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001  the waiting client must hear of all of them
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        job.future.set_exception(error)
+        self._doubt_device(error)
 
     def _doubt_device(self, error: BaseException) -> None:
         """Give up when the device is broken."""

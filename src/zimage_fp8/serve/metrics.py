@@ -9,12 +9,14 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily
 
 from zimage_fp8 import __version__
-from zimage_fp8.model.pipeline import GeneratedImage
+from zimage_fp8.model.request import GeneratedImage
 from zimage_fp8.serve.catalog import Catalog
-from zimage_fp8.serve.jobs import Engine, Job, JobCancelled, JobQueue
+from zimage_fp8.serve.job import Engine, Job, JobCancelled
+from zimage_fp8.serve.jobs import JobQueue
 
 NAMESPACE = "zimage_fp8"
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+BATCHES = (1, 2, 4, 8, 16)
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 # The engine's stages under the names that operators know; `encode` is writing the file there.
@@ -72,6 +74,13 @@ class Metrics:
             "denoise_step_seconds", "Mean step of a finished picture.", buckets=STEP_SECONDS
         )
         self._stage = seconds("stage_seconds", "A stage of a finished picture.", "stage")
+        self._batch = Histogram(
+            "batch_size",
+            "The most pictures that shared a forward with a finished one.",
+            namespace=NAMESPACE,
+            registry=registry,
+            buckets=BATCHES,
+        )
         self._images = counter("images_total", "Pictures drawn.", "model")
         self._pixels = counter("image_pixels_total", "Pixels drawn.")
         self._cancelled = counter("cancelled_total", "Pictures given up: the client left.")
@@ -112,5 +121,6 @@ class Metrics:
         self._step.observe(image.timings_s["denoise"] / image.request.steps_to_run)
         for stage, took_s in image.timings_s.items():
             self._stage.labels(STAGES.get(stage, stage)).observe(took_s)
+        self._batch.observe(image.company)
         self._images.labels(model).inc()
         self._pixels.inc(image.request.width * image.request.height)

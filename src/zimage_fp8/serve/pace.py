@@ -1,23 +1,27 @@
 """How long drawing takes, learnt from what was drawn: for Retry-After and for deadlines.
 
 Work is counted in forwards times pixels. That is coarse (attention grows faster than pixels), but
-a server mostly draws one size, and every finished picture corrects the estimate.
+a server mostly draws one size, and every finished picture corrects the estimate. Pictures that
+are drawn together share the engine's time, so what is learnt is a share, not a wait.
 """
 
-import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 
 WEIGHT_OF_LAST = 0.3
 
 
 class HasWork(Protocol):
-    """Forwards times pixels, and the engine that does them: each has a pace of its own."""
+    """Forwards times pixels, the engine that does them (each has a pace of its own), and the
+    engine's time that they took so far."""
 
     @property
     def work(self) -> int: ...
+
+    @property
+    def spent_s(self) -> float: ...
 
     @property
     def engine(self) -> object: ...
@@ -37,22 +41,15 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds_per_work: dict[object, float] = {}
-        self._begun = 0.0
-
-    def begin(self, now: float) -> None:
-        """A job starts."""
-        self._begun = now
 
     def learn(self, job: HasWork, took_s: float) -> None:
         last = took_s / job.work
         mean = self._seconds_per_work.get(job.engine, last)
         self._seconds_per_work[job.engine] = mean + WEIGHT_OF_LAST * (last - mean)
 
-    def estimate_s(self, jobs: Iterable[HasWork], running: HasWork | None = None) -> float:
-        """Seconds to draw `jobs`, and before them what is left of the running one."""
-        left_s = 0.0
-        if running:
-            left_s = max(0.0, self._alone_s(running) - (time.perf_counter() - self._begun))
+    def estimate_s(self, jobs: Iterable[HasWork], running: Iterable[HasWork] = ()) -> float:
+        """Seconds to draw `jobs`, and before them what is left of the running ones."""
+        left_s = sum(max(0.0, self._alone_s(job) - job.spent_s) for job in running)
         return left_s + sum(map(self._alone_s, jobs))
 
     def _alone_s(self, job: HasWork) -> float:

@@ -12,7 +12,7 @@ from fastapi import Response
 from pydantic import JsonValue
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.pipeline import GeneratedImage
+from zimage_fp8.model.request import GeneratedImage
 from zimage_fp8.picture import encode_picture, encode_pixels
 from zimage_fp8.protocol import (
     EventType,
@@ -22,7 +22,7 @@ from zimage_fp8.protocol import (
     StreamEvent,
     Usage,
 )
-from zimage_fp8.serve.jobs import Engine, Job
+from zimage_fp8.serve.job import Engine, Job
 from zimage_fp8.serve.memory import peak_memory_bytes
 
 Kind = Literal["image_generation", "image_edit"]
@@ -177,6 +177,7 @@ class Reply:
                 policy=self.engine.policy,
                 steps=first.request.steps,
                 nfe=sum(one.image.nfe for one in drawn),
+                batch=max(one.image.company for one in drawn),
                 guidance=first.request.guidance,
                 strength=None if first.request.source is None else first.request.strength,
                 sigmas=list(first.sigmas),

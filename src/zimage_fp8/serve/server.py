@@ -19,7 +19,7 @@ from zimage_fp8.model.source import find_model
 from zimage_fp8.serve.app import ServeOptions, build_app
 from zimage_fp8.serve.catalog import Card
 from zimage_fp8.serve.fleet import check_memory, load_all, name_variants, split_policies
-from zimage_fp8.serve.jobs import Engine
+from zimage_fp8.serve.job import Engine
 from zimage_fp8.serve.logs import log_to_stderr
 from zimage_fp8.serve.quantization_config import choose_policy, resolve
 from zimage_fp8.serve.tracing import exporting_tracer

@@ -18,9 +18,9 @@ import numpy as np
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from zimage_fp8.model.pipeline import ImageRequest, Previews
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.serve.failures import INTERNAL, error_answer
-from zimage_fp8.serve.jobs import Engine, Job
+from zimage_fp8.serve.job import Engine, Job, Previews
 from zimage_fp8.serve.reply import Reply
 
 log = logging.getLogger(__name__)

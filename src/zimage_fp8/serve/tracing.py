@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zimage_fp8.errors import UsageError
-from zimage_fp8.serve.jobs import Job
+from zimage_fp8.serve.job import Job
 from zimage_fp8.serve.metrics import STAGES
 from zimage_fp8.serve.reply import Drawn
 from zimage_fp8.serve.request_log import PROBED

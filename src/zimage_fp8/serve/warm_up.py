@@ -1,16 +1,18 @@
 """The first pictures, drawn before anybody is told that the server is ready.
 
-The first picture of a size loads kernels and captures graphs; the second teaches the pace, so that
-Retry-After and deadlines are right from the first request on.
+The first picture of a size loads kernels and captures graphs, and so does every number of pictures
+that may share a forward; the last one teaches the pace, so that Retry-After and deadlines are right
+from the first request on.
 """
 
 import asyncio
 import logging
 from collections.abc import Mapping
 
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.protocol import DEFAULT_STEPS
-from zimage_fp8.serve.jobs import Engine, Job, JobQueue, QueueClosed
+from zimage_fp8.serve.job import Engine, Job
+from zimage_fp8.serve.jobs import JobQueue, QueueClosed
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class WarmUp:
         self.is_done = False
         self.problem: str | None = None
         self._queue = queue
-        self._job: Job | None = None
+        self._jobs: list[Job] = []
         self._task: asyncio.Task[None] | None = None
 
     def start(self, engines: Mapping[str, Engine]) -> None:
@@ -37,14 +39,16 @@ class WarmUp:
 
     def cancel(self) -> None:
         """Stop at the next step: the server ends. From any thread."""
-        if self._job:
-            self._job.cancel()
+        for job in self._jobs:
+            job.cancel()
 
     async def _run(self, engines: Mapping[str, Engine]) -> None:
         try:
             for name, engine in engines.items():
-                took_s = [await self._draw(engine, steps) for steps in (1, DEFAULT_STEPS)]
-                log.info("%s is warm: its second picture took %.3f s", name, took_s[-1])
+                for batch in range(1, self._queue.max_batch + 1):
+                    await self._draw(engine, 1, batch)
+                took_s = await self._draw(engine, DEFAULT_STEPS)
+                log.info("%s is warm: a picture takes %.3f s", name, took_s)
         except QueueClosed:
             return
         except Exception as error:  # whatever it is, /ready must say it
@@ -53,10 +57,11 @@ class WarmUp:
             return
         self.is_done = True
 
-    async def _draw(self, engine: Engine, steps: int) -> float:
+    async def _draw(self, engine: Engine, steps: int, batch: int = 1) -> float:
+        """Seconds that the first of `batch` equal pictures took."""
         width, height = engine.default_size
         request = ImageRequest(PROMPT, width, height, steps=steps)
-        self._job = Job(request, engine, is_warm_up=steps == 1)
-        self._queue.submit([self._job], client=self)
-        image = await asyncio.wrap_future(self._job.future)
-        return sum(image.timings_s.values())
+        self._jobs = [Job(request, engine, is_warm_up=steps == 1) for _ in range(batch)]
+        self._queue.submit(self._jobs, client=self)
+        images = await asyncio.gather(*(asyncio.wrap_future(job.future) for job in self._jobs))
+        return sum(images[0].timings_s.values())
