@@ -212,6 +212,32 @@ def server_overhead(results: Path) -> str:
     return "\n\n".join([text, table, made])
 
 
+def server_batching(results: Path) -> str:
+    """What a picture's step costs in company, and how many more are drawn per second."""
+    found = json.loads((results / "batching.json").read_text())
+    batches = sorted({row["batch"] for row in found["rows"]})
+    took = {(it["policy"], it["size"], it["batch"]): it["picture_ms"] for it in found["rows"]}
+    rows = [
+        (
+            policy,
+            size,
+            f"{took[policy, size, batches[0]]:.1f}",
+            *(f"{took[policy, size, 1] / took[policy, size, batch]:.2f}" for batch in batches[1:]),
+        )
+        for policy, size in dict.fromkeys(key[:2] for key in took)
+    ]
+    heads = ["policy", "size", "step alone, ms", *(f"{batch} together" for batch in batches[1:])]
+    text = (
+        f"Steps of {found['model']} per second with several pictures in each forward, as a "
+        "multiple of those with one."
+    )
+    machine, device = found["machine"], found["device"]
+    if device == "cpu":
+        device = f"{machine['cpu']}, {machine['cores']} cores"
+    made = made_with(device, found["versions"], found["commit"], found["command"])
+    return "\n\n".join([text, markdown_table(heads, rows), made])
+
+
 LADDER_TITLE = "Milliseconds per picture after every step of the engine"
 
 
@@ -251,6 +277,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-search": quality.search_table,
     "nano-sensitivity": quality.sensitivity_table,
     "picture": picture_table,
+    "server-batching": server_batching,
     "server-load": server_load,
     "server-overhead": server_overhead,
 }

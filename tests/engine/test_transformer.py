@@ -111,12 +111,16 @@ def test_samples_of_a_batch_do_not_touch_each_other(tiny_model: Path, device: st
     pipeline = load(tiny_model, "bf16_base", "float32", device)
     engine = fused(pipeline)
     with torch.inference_mode():
-        refined = pipeline.transformer.refine_caption(*caption(pipeline))
-        latent = inputs(pipeline, batch=3)
-        together = engine.forward(latent, transformer_time(0.7), refined).clone()
-        for index in range(3):
-            alone = engine.forward(latent[index : index + 1], transformer_time(0.7), refined)
+        values, is_pad = caption(pipeline)
+        refined = [pipeline.transformer.refine_caption(values + n, is_pad) for n in range(3)]
+        latent, times = inputs(pipeline, batch=3), list(map(transformer_time, (0.7, 0.2, 1.0)))
+        together = engine.forward(latent, torch.cat(times), torch.cat(refined)).clone()
+        at_one_time = engine.forward(latent, times[0], refined[0]).clone()
+        for index, one in enumerate(latent.split(1)):
+            alone = engine.forward(one, times[index], refined[index]).clone()
             assert sqnr_db(together[index : index + 1], alone) > 100
+            alone = engine.forward(one, times[0], refined[0])
+            assert sqnr_db(at_one_time[index : index + 1], alone) > 100
 
 
 @pytest.mark.gpu

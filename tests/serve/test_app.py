@@ -324,6 +324,18 @@ def test_when_one_of_n_pictures_fails_the_others_are_not_drawn() -> None:
     assert engine.steps_run <= 1 + 8
 
 
+def test_pictures_that_shared_forwards_say_so(engine: FakeEngine) -> None:
+    with live(build_app(engine, ServeOptions(max_batch=4))) as server, connect(server) as client:
+        together = client.post(PATH, json={"prompt": "x", "n": 3}).json()
+        alone = client.post(PATH, json={"prompt": "x"}).json()
+        metrics = client.get("/metrics").text
+    assert engine.companies == [3] * 8 + [1] * 8
+    assert (together["zimage_fp8"]["batch"], alone["zimage_fp8"]["batch"]) == (3, 1)
+    assert together["zimage_fp8"]["nfe"] == 24
+    assert 'zimage_fp8_batch_size_bucket{le="2.0"} 1.0' in metrics
+    assert "zimage_fp8_batch_size_count 4.0" in metrics
+
+
 def test_shutdown_finishes_what_was_begun_and_refuses_what_was_queued(engine: FakeEngine) -> None:
     engine.gate.clear()
 

@@ -55,6 +55,13 @@ def test_the_warm_up_teaches_the_pace() -> None:
     assert refused.json()["error"]["code"] == "deadline_too_short"
 
 
+def test_the_warm_up_draws_every_batch(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    with live(build_app(engine, ServeOptions(warm_up=True, max_batch=3))) as server:
+        wait_until(lambda: get(f"{server.url}/ready").status_code == 200)
+    assert engine.companies == [1, 2, 3, *[1] * 8]
+
+
 def test_a_warm_up_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine()
     engine.failure = MemoryError("no room")
