@@ -39,10 +39,12 @@ class PlainDenoiser:
         return output.float()
 
     def describe(self) -> dict[str, object]:
+        is_cuda = next(self.transformer.parameters()).is_cuda
+        e4m3 = "_scaled_mm" if is_cuda else "fp32 on dequantized values"
         return {
             "engine": "plain",
             "attention": "torch scaled_dot_product_attention",
-            "gemm": "torch linear, _scaled_mm (E4M3) and _int_mm (INT8)",
+            "gemm": f"torch linear, {e4m3} (E4M3), _int_mm (INT8)",
         }
 
     def release(self) -> None:
