@@ -117,12 +117,12 @@ def test_an_unknown_engine() -> None:
 
 @pytest.mark.parametrize(
     ("says", "message"), [("vllm-omni 0.24.1", "0.24, which runs guidance"), ("0.30.0", None)]
-)
+)  # without --omni the program is vLLM
 def test_a_vllm_omni_that_cannot_be_compared_is_refused(
     says: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "vllm-omni"
-    program.write_text(f"#!/bin/sh\necho {says}\n")
+    program.write_text(f'#!/bin/sh\ncase "$*" in *--omni*) echo {says};; *) echo 0.29.0;; esac\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     engine = find_engine("vllm-omni", None)

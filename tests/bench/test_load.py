@@ -90,6 +90,26 @@ def test_a_server_that_is_gone_is_one_sentence() -> None:
     client.close()
 
 
+OMNI = {"queue_wait_ms": 40.0, "preprocess_ms": 10.0, "stage_0_gen_ms": 700.0}
+PROFILED = {"ZImagePipeline.text_encoder.forward": 0.08, "ZImagePipeline.vae.decode": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (None, {}),
+        (OMNI, {"queue": 0.05, "generate": 0.7}),
+        (OMNI | PROFILED | {"ZImagePipeline.forward": 0.69},
+         {"queue": 0.05, "encode": 0.08, "decode": 0.05, "denoise": 0.57}),
+    ],
+)  # fmt: skip
+def test_another_servers_stages(told: dict[str, float] | None, expected: dict[str, float]) -> None:
+    """As vLLM-Omni 0.26 to 0.30 names them, without and with its profiler."""
+    answer = {"created": 1, "data": [{"b64_json": "eA=="}], "metrics": {"stage_durations": told}}
+    with client_of(JSONResponse(answer)) as client:
+        assert client.draw(WORK).facts.timings_s == pytest.approx(expected)
+
+
 def test_another_server_says_what_it_can() -> None:
     """vLLM-Omni counts no forwards; its peak is torch's reserved memory, in MiB."""
     metrics = {"stage_durations": {"diffuse": 3.0}, "peak_memory_mb": 20480.0}

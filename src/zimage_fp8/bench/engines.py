@@ -94,10 +94,10 @@ class VllmOmni:
 
     def check(self) -> None:
         """Ask for its version. One that states none is left to the guidance probe."""
+        # Without --omni the program hands its arguments to vLLM, which states a version of its own.
+        command = ["vllm-omni", "--version", "--omni"]
         try:
-            asked = subprocess.run(
-                ["vllm-omni", "--version"], capture_output=True, text=True, timeout=VERSION_WAIT_S
-            )
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=VERSION_WAIT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ZImageError(
                 f"vllm-omni cannot be run: {error}", hint="install it, or use --launch"
