@@ -18,6 +18,7 @@ from fake_record import (
     make_rich_record,
     save_pictures,
 )
+from zimage_fp8.bench import grid
 from zimage_fp8.bench.details import (
     latency_table,
     load_table,
@@ -27,7 +28,14 @@ from zimage_fp8.bench.details import (
     strata_table,
     warnings_of,
 )
-from zimage_fp8.bench.grid import draw_grid, grid_prompts, heat_map, worst_pictures
+from zimage_fp8.bench.grid import (
+    draw_grid,
+    font,
+    grid_prompts,
+    heat_map,
+    worst_pictures,
+    wrapped,
+)
 from zimage_fp8.bench.notes import notes, parameter_table
 from zimage_fp8.bench.record import Quality, Record, VariantRecord, read_record, write_record
 from zimage_fp8.bench.report import write_report
@@ -143,11 +151,40 @@ def test_a_report_is_rendered_again_from_the_record_alone(tmp_path: Path) -> Non
 def test_a_grid_shows_every_picture_pixel_for_pixel(tmp_path: Path) -> None:
     record = make_record()
     save_pictures(record, tmp_path)
-    grid = draw_grid(record, 1, tmp_path).tobytes()
+    page = draw_grid(record, 1, tmp_path).tobytes()
     for variant in record.variants:
         with Image.open(tmp_path / variant.requests[1].picture) as picture:
             first_line = picture.crop((8, 16, 56, 17)).tobytes()
-        assert first_line in grid
+        assert first_line in page
+
+
+LONG = "a red fox in deep snow looks at the moon " * 5
+CHINESE = "一只红色的狐狸在雪地里看着月亮，" * 6
+
+
+@pytest.mark.parametrize("text", [LONG, CHINESE, "", "x" * 300])
+def test_titles_fit_whatever_their_script(text: str) -> None:
+    face = font(23, bold=True)
+    lines = wrapped(text, face, 500)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(face.getlength(line) <= 500 for line in lines)
+
+
+def test_a_title_without_letters_for_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of a row of boxes. The report has the prompt as text below."""
+    monkeypatch.setattr(grid, "WIDE_FONTS", ())
+    drawn: list[str] = []
+    monkeypatch.setattr(grid, "_draw_title", lambda draw, face, lines, facts: drawn.extend(lines))
+    record = make_record()
+    save_pictures(record, tmp_path)
+    for prompts in ([CHINESE, "b"], ["café × 2", "b"]):
+        update = {"prompts": prompts}
+        parameters = record.parameters.model_copy(update=update)
+        draw_grid(record.model_copy(update={"parameters": parameters}), 0, tmp_path)
+    assert " ".join(drawn).startswith("Prompt 0, in a script that this machine has no letters for")
+    assert drawn[-1] == "café × 2"
 
 
 def test_a_heat_map_is_black_where_nothing_differs_and_bright_where_much_does() -> None:

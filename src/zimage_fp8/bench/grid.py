@@ -1,8 +1,9 @@
 """Pictures side by side: every variant of one prompt, each with a map of where it differs."""
 
 import io
-import textwrap
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,14 @@ PAPER, INK, GREY, ACCENT = "#ffffff", "#1b1f24", "#6a737d", "#b8460e"
 MARGIN, GAP, LINE = 32, 20, 30
 MIN_LABEL = (150, 96)  # what a name and its numbers need beside their map
 FRAME = 3
+TITLE = 23
+# Where a machine has one of them, titles can be Chinese, Japanese and Korean.
+WIDE_FONTS = (
+    "NotoSansCJK-Bold.ttc", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf", "msyh.ttc", "PingFang.ttc",
+)  # fmt: skip
+NO_LETTER = "\uffff"
 
 HEAT_FULL = 64  # a mean difference of this many of 255 levels, or more, is the last colour
 HEAT = np.array(  # black over violet and orange to pale yellow: also rising in brightness
@@ -116,13 +125,13 @@ def draw_grid(record: Record, prompt: int, folder: Path) -> Image.Image:
     At the first size. Raises ZImageError naming a picture of `folder` that cannot be read.
     """
     size = record.parameters.size
-    columns = min(COLUMNS, len(record.variants))
-    letters = max(24, columns * _layout(size, len(record.variants), 1).pitch[0] // 14)
-    title = textwrap.wrap(record.parameters.prompts[prompt], letters) or [""]
+    face, text = _title(record, prompt)
+    width = _layout(size, len(record.variants), 1).page[0] - 2 * MARGIN
+    title = wrapped(text, face, width)
     layout = _layout(size, len(record.variants), len(title))
     page = Image.new("RGB", layout.page, PAPER)
     draw = ImageDraw.Draw(page)
-    _draw_title(draw, title, _facts(record, prompt))
+    _draw_title(draw, face, title, _facts(record, prompt))
     reference = record.passes[0].reference
     original = _read(folder, _request(reference, prompt, size)) if reference else None
     for index, (row, variant) in enumerate(zip(rows(record), record.variants, strict=True)):
@@ -193,9 +202,46 @@ def _facts(record: Record, prompt: int) -> str:
     )
 
 
-def _draw_title(draw: ImageDraw.ImageDraw, lines: Sequence[str], facts: str) -> None:
+def _title(record: Record, prompt: int) -> tuple[Font, str]:
+    """The prompt, and letters for it; its place where the machine has none for its script."""
+    text = record.parameters.prompts[prompt]
+    faces = [font(TITLE, bold=True), *_wide_fonts(TITLE)]
+    if face := next((face for face in faces if _has_letters(face, text)), None):
+        return face, text
+    return faces[0], f"Prompt {prompt}, in a script that this machine has no letters for"
+
+
+def _wide_fonts(size: int) -> Iterator[Font]:
+    for name in WIDE_FONTS:
+        with suppress(OSError):
+            yield ImageFont.truetype(name, size)
+
+
+def _has_letters(face: Font, text: str) -> bool:
+    """Whether no letter looks as one that no font has."""
+    missing = bytes(face.getmask(NO_LETTER))
+    return not any(
+        bytes(face.getmask(letter)) == missing for letter in set(text) if ord(letter) > 127
+    )
+
+
+def wrapped(text: str, face: Font, width: float) -> list[str]:
+    """Lines that are at most `width` pixels wide, broken at spaces or, where there are none,
+    anywhere, as Chinese is."""
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text) or [""]:
+        if lines[-1] and face.getlength((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and face.getlength((lines[-1] + letter).rstrip()) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line.rstrip() for line in lines]
+
+
+def _draw_title(draw: ImageDraw.ImageDraw, face: Font, lines: Sequence[str], facts: str) -> None:
     for index, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN - 8 + index * LINE), line, INK, font(23, bold=True))
+        draw.text((MARGIN, MARGIN - 8 + index * LINE), line, INK, face)
     draw.text((MARGIN, MARGIN - 4 + len(lines) * LINE), facts, GREY, font(15))
 
 

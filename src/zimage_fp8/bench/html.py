@@ -8,6 +8,8 @@ from zimage_fp8.bench.sections import Block, Notes, Picture, Plot, Section
 from zimage_fp8.bench.svg import palette_css
 from zimage_fp8.bench.table import Table
 
+NO_BREAK = "&nbsp;/&nbsp;"
+
 CSS = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1180px;padding:28px 24px 80px;background:var(--paper);
@@ -101,7 +103,8 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"<td>{_interval(_text(text))}</td>"
+    # wins / ties / losses stay on one line
+    return f"<td>{_interval(_text(text)).replace(' / ', NO_BREAK)}</td>"
 
 
 def _failure(row: list[str]) -> str:
