@@ -22,9 +22,17 @@ import typer
 
 import engine_tables
 import quality
+from zimage_fp8.bench.details import (
+    latency_table,
+    load_table,
+    memory_table,
+    quality_table,
+    strata_table,
+    warnings_of,
+)
 from zimage_fp8.bench.notes import hardware, notes
 from zimage_fp8.bench.plots import Rung, ladder
-from zimage_fp8.bench.record import read_record
+from zimage_fp8.bench.record import Record, read_record
 from zimage_fp8.bench.table import markdown_table, marked_table
 from zimage_fp8.cli import app
 
@@ -74,9 +82,18 @@ def _block(name: str, blocks: dict[str, Renderer], results: Path) -> str:
     return f"<!-- rendered: {name} -->\n{blocks[name](results).strip()}\n<!-- /rendered -->"
 
 
+def nano_record(results: Path) -> Record:
+    """Every policy of nano: over many prompts or, until that was measured, over three."""
+    found = results / "nano-standard.json"
+    return read_record(found if found.exists() else results / "nano-bench.json")
+
+
 def bench_table(results: Path) -> str:
     """The main table: every policy of nano, as `zimage-fp8 bench` measured it."""
-    record = read_record(results / "nano-bench.json")
+    return _table_of(nano_record(results))
+
+
+def _table_of(record: Record) -> str:
     command = " ".join(record.command)
     return "\n\n".join(
         [marked_table(record), made_with(hardware(record), record.versions, record.commit, command)]
@@ -85,7 +102,26 @@ def bench_table(results: Path) -> str:
 
 def bench_notes(results: Path) -> str:
     """How the main table was made, and what not to read into it."""
-    return "\n".join(f"- {note}" for note in notes(read_record(results / "nano-bench.json")))
+    return "\n".join(f"- {note}" for note in notes(nano_record(results)))
+
+
+def reference_run(name: str) -> Renderer:
+    """Renders a record that `zimage-fp8 bench` left, kept as benchmarks/results/NAME.json."""
+
+    def render(results: Path) -> str:
+        path = results / f"{name}.json"
+        if not path.exists():
+            return "Not measured yet."
+        record = read_record(path)
+        parts = [_table_of(record), *(f"> {text}" for text in warnings_of(record))]
+        for one in record.passes:
+            parts += [latency_table(one, size).markdown() for size in record.parameters.sizes]
+            tables = (quality_table(record, one), strata_table(record, one), load_table(one))
+            parts += [table.markdown() for table in tables if table]
+            parts += [memory_table(one).markdown()]
+        return "\n\n".join(parts)
+
+    return render
 
 
 def evaluation_table(results: Path) -> str:
@@ -264,6 +300,9 @@ def made_with(
 BLOCKS: dict[str, Renderer] = {
     "nano-bench": bench_table,
     "nano-bench-notes": bench_notes,
+    "nano-standard": reference_run("nano-standard"),
+    "nano-standard-gpu": reference_run("nano-standard-gpu"),
+    "full-size-gpu": reference_run("full-size-gpu"),
     "nano-evaluation": evaluation_table,
     "engine-block": engine_tables.block_table,
     "engine-kernels": engine_tables.kernels_table,
