@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 STUB = Path(__file__).resolve()
 CHILD = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -45,6 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", help="of every picture, whatever is asked")
     parser.add_argument("--flat", action="store_true")
     parser.add_argument("--same", action="store_true")
+    parser.add_argument("--labelled", action="store_true", help="tell every request in its file")
+    parser.add_argument("--refuses-guidance", action="store_true")
     parser.add_argument("--unrepeatable", action="store_true")
     parser.add_argument("--dies-after", type=int, help="requests")
     parser.add_argument("--only-policy", help="misbehave as asked only under this policy")
@@ -76,7 +79,8 @@ class Stub:
             sys.stderr.write("out of memory\n")
             sys.stderr.flush()
             subprocess.os._exit(3)
-        body = {key: value for key, value in body.items() if key not in options.ignores}
+        ignored = options.ignores if self.misbehaves else []
+        body = {key: value for key, value in body.items() if key not in ignored}
         steps, guidance = body.get("num_inference_steps", 50), body.get("guidance_scale", 0.0)
         is_guided = guidance > 0 or (self.misbehaves and options.always_guided)
         time.sleep(options.overhead + options.step * steps * (1 + is_guided))
@@ -101,7 +105,7 @@ class Stub:
         bad = self.misbehaves
         size = options.size if bad and options.size else body["size"]
         width, height = map(int, size.split("x"))
-        seen = "" if bad and options.same else f"{body['prompt']} {body['seed']} {guidance}"
+        seen = "" if bad and options.same else f"{body['prompt']} {body.get('seed')} {guidance}"
         if bad and options.unrepeatable:
             seen += f" {self.num_asked}"
         random = np.random.default_rng(int(hashlib.sha256(seen.encode()).hexdigest()[:8], 16))
@@ -112,7 +116,11 @@ class Stub:
         if bad and options.flat:
             pixels[:] = 0
         buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG", compress_level=1)
+        texts = PngInfo()
+        if options.labelled:
+            texts.add_text("parameters", f"{body} {self.num_asked}")
+        image = Image.fromarray(pixels.astype(np.uint8))
+        image.save(buffer, "PNG", compress_level=1, pnginfo=texts)
         return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -128,7 +136,11 @@ def serve(options: argparse.Namespace) -> None:
 
         def do_POST(self) -> None:
             length = int(self.headers["content-length"])
-            self.reply(200, stub.answer(json.loads(self.rfile.read(length))))
+            body = json.loads(self.rfile.read(length))
+            if options.refuses_guidance and body["guidance_scale"]:
+                self.reply(400, {"error": {"message": "this model knows no guidance"}})
+            else:
+                self.reply(200, stub.answer(body))
 
         def reply(self, status: int, answer: dict) -> None:
             body = json.dumps(answer).encode()

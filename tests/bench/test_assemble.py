@@ -108,3 +108,30 @@ def test_a_busy_gpu_is_refused_or_flagged(
 )
 def test_warm_is_when_two_medians_agree(latencies: list[float], expected: bool) -> None:
     assert is_settled(latencies, group=3, tolerance=0.01) is expected
+
+
+def test_a_picture_that_the_next_seed_does_not_change() -> None:
+    found = progress(request(0, "a"), request(1, "b"))
+    found.other_seed = "c"
+    assert kinds(found) == []
+    found.other_seed = "a"
+    assert kinds(found) == ["ignored_seed"]
+
+
+@pytest.mark.parametrize(
+    ("encode_s", "expected"),
+    [
+        ((0.08, 0.00002), ["remembered_prompts"]),
+        ((0.08, 0.05), []),  # a shorter prompt
+        ((0.0009, 0.0008), []),  # a fast one
+        ((0.08, 0.007), []),
+    ],
+)
+def test_a_prompt_that_was_not_encoded_again(
+    encode_s: tuple[float, float], expected: list[str]
+) -> None:
+    rows = [
+        request(prompt, name).model_copy(update={"timings_s": {"encode": took_s}})
+        for (prompt, name), took_s in zip(enumerate("ab"), encode_s, strict=True)
+    ]
+    assert kinds(progress(*rows)) == expected

@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
 
 from fake_gpu import MIB, FakeDriver
 from zimage_fp8.bench.gpu import Activity, Reading
-from zimage_fp8.bench.memory import GpuGrowth, GpuMonitor, ResidentMemory, Sampler, probes_for
+from zimage_fp8.bench.memory import GpuMonitor, ResidentMemory, Sampler, UnifiedGrowth, probes_for
 
 ALLOCATE = "import time; block = bytearray(96 * 2**20); print('done', flush=True); time.sleep(60)"
 
@@ -70,8 +74,25 @@ def test_a_process_that_the_driver_does_not_name_leaves_the_growth(driver: FakeD
 
 
 def test_unified_memory_has_no_device_memory(driver: FakeDriver) -> None:
+    """The driver may still name processes; where it does not, the machine's own figure is left."""
     driver.used = None
-    assert not any(isinstance(probe, GpuGrowth) for probe in probes_for(1, driver))
+    assert [probe.method for probe in probes_for(1, driver)] == ["nvml_process", "unified_growth"]
+    driver.processes = None
+    assert [probe.method for probe in probes_for(1, driver)] == ["unified_growth"]
+
+
+def test_growth_of_the_machines_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a pretended machine: a real one is never still."""
+    free = 900 * MIB
+
+    def virtual_memory() -> SimpleNamespace:
+        return SimpleNamespace(total=1000 * MIB, available=free)
+
+    monkeypatch.setattr(psutil, "virtual_memory", virtual_memory)
+    growth = UnifiedGrowth()
+    assert growth.read() == 0
+    free = 700 * MIB
+    assert growth.read() == 200 * MIB
 
 
 def test_without_a_gpu_main_memory_is_watched() -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from zimage_fp8.bench import assemble
 from zimage_fp8.bench.assemble import compare_all
-from zimage_fp8.bench.quality import check_picture, compare, pixels
+from zimage_fp8.bench.quality import check_picture, compare, pixel_digest, pixels
 from zimage_fp8.errors import ZImageError
 
 
@@ -67,6 +68,28 @@ def test_black_and_flat_pictures_are_told(pair: tuple[np.ndarray, np.ndarray]) -
     ]
     ((kind, text),) = check_picture(png_of(black + 9), "64x48")
     assert (kind, text) == ("flat_picture", "A picture is of one colour everywhere")
+
+
+def test_almost_black_is_black_and_a_small_thing_is_a_picture() -> None:
+    """A lossy file of a picture of NaN; a dot of 0.2 % of the pixels."""
+    noise = np.random.default_rng(0).integers(0, 3, (48, 64, 3), np.uint8)
+    assert check_picture(png_of(noise), "64x48") == [
+        ("flat_picture", "A picture is black everywhere")
+    ]
+    noise[:2, :3] = 200
+    assert check_picture(png_of(noise), "64x48") == []
+
+
+def test_a_digest_is_of_what_a_picture_shows(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    labelled = io.BytesIO()
+    text = PngInfo()
+    text.add_text("parameters", "seed 7")
+    Image.fromarray(pair[0]).save(labelled, "PNG", pnginfo=text)
+    assert labelled.getvalue() != png_of(pair[0])
+    assert pixel_digest(labelled.getvalue()) == pixel_digest(png_of(pair[0]))
+    assert pixel_digest(png_of(pair[0])) != pixel_digest(png_of(pair[1]))
+    turned = pair[0].reshape(64, 48, 3)  # the same bytes
+    assert pixel_digest(png_of(turned)) != pixel_digest(png_of(pair[0]))
 
 
 def test_another_size_cannot_be_compared(pair: tuple[np.ndarray, np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from stub_server import launch_command
 from zimage_fp8.bench import conduct as conducting
 from zimage_fp8.bench.conduct import Choices, conduct
 from zimage_fp8.bench.launch import Server
-from zimage_fp8.bench.record import Record, VariantRecord, read_record
+from zimage_fp8.bench.record import Flag, Record, VariantRecord, read_record
 from zimage_fp8.bench.run import PassRun
 from zimage_fp8.bench.workload import Wishes
 from zimage_fp8.errors import UsageError, ZImageError
@@ -186,6 +186,8 @@ all = ["a", "b"]
     [
         (["--flat"], "flat_picture"),
         (["--same"], "same_pictures"),
+        (["--same", "--labelled"], "same_pictures"),
+        (["--ignores", "seed"], "ignored_seed"),
     ],
 )
 def test_odd_pictures_are_flagged(options: list[str], kind: str, tmp_path: Path) -> None:
@@ -207,6 +209,52 @@ def test_a_request_that_draws_another_picture_each_time_is_flagged(tmp_path: Pat
     assert kinds(base) == []
     assert len({row.picture for row in odd.requests}) == len(odd.requests) == 4
     assert len({row.picture for row in base.requests}) == 2
+
+
+def test_a_file_that_tells_when_it_was_made_is_no_other_picture(tmp_path: Path) -> None:
+    profile = SHORT.replace("draw_before_timing = false\n", "")
+    record = run(tmp_path, *COUNTED, "--labelled", profile=profile, policies=("online_fp8",))
+    assert [kinds(variant) for variant in record.variants] == [[], []]
+
+
+def test_a_server_that_refuses_guidance_is_measured_all_the_same(tmp_path: Path) -> None:
+    record = run(tmp_path, "--refuses-guidance", profile=SHORT, policies=("online_fp8",))
+    for variant in record.variants:
+        assert kinds(variant) == ["unprobed"]
+        assert "the server answered 400" in variant.flags[0].text
+        assert variant.probe is None
+
+
+def test_the_warm_up_is_no_first_sight_of_a_timed_prompt(tmp_path: Path) -> None:
+    """A server that remembers encoded prompts would answer it faster."""
+    log = tmp_path / "requests.jsonl"
+    run(tmp_path, *COUNTED, "--requests", log, profile=SHORT, policies=("online_fp8",))
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    sent = [one["prompt"] for one in asked if one["policy"] == "bf16_base"]
+    assert sent == ["a.", "a", "b", "a"]  # warm-up, timed, timed, and with the next seed
+    assert [one["seed"] for one in asked[:4]] == [1234, 1235, 1236, 1236]
+
+
+def test_a_flag_of_the_whole_run_outlives_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that is finished is not busy, whatever the machine does now."""
+    busy = Flag(kind="busy_machine", text="Other programs used 90% of the CPU.")
+    idle: list[Flag] = []
+    options = ("--only-policy", "fp8-row", "--dies-after", 2)
+    monkeypatch.setattr(conducting, "refuse_busy", lambda *_: [busy])
+    first = run(tmp_path, *COUNTED, *options, profile=SHORT)
+    assert first.passes[0].failures
+    monkeypatch.setattr(conducting, "refuse_busy", lambda *_: idle)
+    assert run(tmp_path, *COUNTED, *options, profile=SHORT).flags == [busy]
+
+
+def test_a_finished_run_does_not_look_whether_the_machine_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run(tmp_path, *COUNTED)
+    monkeypatch.setattr(conducting, "refuse_busy", None)
+    assert run(tmp_path, *COUNTED) == record
 
 
 def test_pictures_of_another_size_fail_the_variant(tmp_path: Path) -> None:

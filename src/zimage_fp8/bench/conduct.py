@@ -88,11 +88,15 @@ class Choices:
 def conduct(model: str, out: Path, wishes: Wishes, choices: Choices) -> Record:
     """Measure everything that `out` does not hold yet and write record.json there."""
     run = prepare(model, out, wishes, choices)
-    flags = list(refuse_busy(run.driver, choices.allow_busy))
+    journal = Journal(out / FOLDER)
+    is_measured = all(passing(run, one, out, journal).is_done() for one in run.planned)
+    flags = [] if is_measured else list(refuse_busy(run.driver, choices.allow_busy))
     judge = Judge(find_metrics(choices.metrics)) if choices.metrics else None
     make_folder(out)
-    journal = Journal(out / FOLDER)
     journal.open(identity(model, run.folder, run.profile, run.parameters, run.planned))
+    of_the_run = journal.progress("", "run")
+    for flag in flags:
+        of_the_run.flag(flag.kind, flag.text)
     end_orphans(journal.server_notes)
     make_checkpoints(model, run.missing, out / CHECKPOINTS, wishes.dtype, wishes.device)
     passes = measure(run, out, journal)
@@ -115,7 +119,7 @@ def conduct(model: str, out: Path, wishes: Wishes, choices: Choices) -> Record:
         parameters=run.parameters,
         passes=passes,
         no_quality=run.no_quality,
-        flags=flags,
+        flags=of_the_run.flags,
     )
     write_record(record, out / "record.json")
     return record
@@ -187,18 +191,28 @@ def measure(run: Prepared, out: Path, journal: Journal) -> list[Pass]:
 def measure_pass(
     run: Prepared, planned: PlannedPass, out: Path, journal: Journal, on_stage: OnStage
 ) -> Pass:
-    setting = Setting(planned.plan.name, run.parameters, out, journal, run.driver, on_stage)
-    passing = PassRun(run.profile, setting, planned.subjects)
-    outcome = passing.run()
+    its = passing(run, planned, out, journal, on_stage)
+    outcome = its.run()
     outcome.failures += planned.impossible
     return pass_record(
         planned.plan.name,
         planned.plan.attention,
         planned.subjects,
-        {subject.name: passing.progress(subject) for subject in planned.subjects},
+        {subject.name: its.progress(subject) for subject in planned.subjects},
         outcome,
         run.parameters,
     )
+
+
+def passing(
+    run: Prepared,
+    planned: PlannedPass,
+    out: Path,
+    journal: Journal,
+    on_stage: OnStage = lambda *_: None,
+) -> PassRun:
+    setting = Setting(planned.plan.name, run.parameters, out, journal, run.driver, on_stage)
+    return PassRun(run.profile, setting, planned.subjects)
 
 
 def num_pieces(run: Prepared) -> int:

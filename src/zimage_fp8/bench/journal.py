@@ -77,6 +77,7 @@ class Entry(_Line):
     memory: MemorySeen | None = None
     gpu: GpuActivity | None = None
     flag: Flag | None = None
+    other_seed: str | None = None  # digest of the first prompt's picture with the next seed
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Progress:
     memory: list[MemorySeen] = field(default_factory=list)
     gpu: list[GpuActivity] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
+    other_seed: str | None = None
 
     @property
     def requests(self) -> list[RequestRecord]:
@@ -119,6 +121,7 @@ class Progress:
         self.started = self.started or entry.started
         self.warmup += entry.warmup or []
         self.probe = entry.probe or self.probe
+        self.other_seed = entry.other_seed or self.other_seed
         self.pictures += [entry.picture] if entry.picture else []
         self.memory += [entry.memory] if entry.memory else []
         self.gpu += [entry.gpu] if entry.gpu else []

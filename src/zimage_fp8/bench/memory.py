@@ -60,13 +60,36 @@ class GpuGrowth:
         return (self.driver.used_bytes() or 0) - self.before
 
 
+class UnifiedGrowth:
+    """Memory of the machine in use above what was used when this was made.
+
+    On unified memory (GB10) a GPU has none of its own, and what it holds is not resident in any
+    process. Other programs count too.
+    """
+
+    method = "unified_growth"
+
+    def __init__(self) -> None:
+        self.before = _memory_in_use()
+
+    def read(self) -> int:
+        return _memory_in_use() - self.before
+
+
+def _memory_in_use() -> int:
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)
+
+
 def probes_for(pid: int, driver: Driver | None) -> list[Probe]:
-    """The probes that work here. On unified memory (GB10) a device has no memory of its own."""
+    """The probes that work here; the server itself tells what torch's allocator holds."""
     probes: list[Probe] = [] if driver else [ResidentMemory(pid)]
     if driver and driver.process_bytes(set()) is not None:
         probes.append(GpuProcessMemory(pid, driver))
     if driver and driver.used_bytes() is not None:
         probes.append(GpuGrowth(driver))
+    elif driver:
+        probes.append(UnifiedGrowth())
     return probes
 
 

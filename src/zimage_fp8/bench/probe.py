@@ -5,12 +5,12 @@ without, by as much as its steps take. Some servers take guidance 0 for "not giv
 anyway: then both take equally long, though the pictures differ.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
 
 from zimage_fp8.bench.load import Work
+from zimage_fp8.bench.quality import pixel_digest
 from zimage_fp8.bench.record import Flag, GuidanceProbe
 from zimage_fp8.bench.session import Session
 from zimage_fp8.bench.summary import guidance_cost
@@ -37,7 +37,7 @@ def probe(session: Session, work: Work) -> GuidanceProbe:
     took_s: dict[str, list[float]] = {kind: [] for kind in kinds}
     seen: dict[str, str] = {}
     for kind, one in kinds.items():  # each kind once untimed: it may compile or capture
-        seen[kind] = hashlib.sha256(session.ask(one).png).hexdigest()
+        seen[kind] = pixel_digest(session.ask(one).png)
     for _ in range(REPEATS):
         for kind, one in kinds.items():
             took_s[kind].append(session.ask(one).latency_s)

@@ -114,9 +114,9 @@ class RequestRecord(_Part):
     prompt indexes the prompts. is_timed: its latency counts; others were sent for their picture.
     position: how many requests the pass had sent before, over all its variants, warm-up included.
     sent_s: seconds since the pass began (None in version 1). nfe: forwards that the server counted.
-    timings_s: the server's stages. Other programs may tell neither. energy_j: of all GPUs, from
-    sending to the answer. picture is relative to the record's folder; a repetition with the same
-    bytes names the same file.
+    timings_s: the server's stages. Other programs may tell neither. energy_j: of the GPU, from
+    sending to the answer. picture is relative to the record's folder; sha256 is of its pixels, and
+    a repetition with the same pixels names the same file.
     """
 
     prompt: int

@@ -67,6 +67,7 @@ class PassRun:
         self.reference, *self.others = [one for one in subjects if one.floor is None]
         self.floors = [one for one in subjects if one.floor is not None]
         self.timed = timed_slots(setting.parameters)
+        self.every = picture_slots(setting.parameters, is_repeated=True)
         self.pictures = picture_slots(setting.parameters, is_repeated=profile.draw_before_timing)
         self.outcome = Outcome()
         self._go_on_counting(subjects)
@@ -91,6 +92,15 @@ class PassRun:
                 self._pictures_only(floor)
         return self.outcome
 
+    def is_done(self) -> bool:
+        """Whether the journal has everything, so that `run` would start no server."""
+        if not all(map(self._is_floor_done, self.floors)):
+            return False
+        if self.profile.order == "interleaved" and self.others:
+            order = self._kept_order()
+            return order is not None and not self._is_pending(order.room)
+        return all(self._is_done(one, group=0) for one in (self.reference, *self.others))
+
     def progress(self, subject: Subject) -> Progress:
         """As it is on disk now."""
         return self.setting.journal.progress(self.setting.pass_name, subject.name)
@@ -104,33 +114,34 @@ class PassRun:
                     self._alone(session)
                     for place in range(len(self.timed)):
                         self._draw_timed(session, 0, place)
-                    self._probe(session)
+                    self._check(session)
                     session.end_sampling()
 
     def _pictures_only(self, subject: Subject) -> None:
         """A noise floor: it is looked at, not timed."""
-        every = picture_slots(self.setting.parameters, is_repeated=True)
-        progress = self.progress(subject)
-        if progress.memory and not _undrawn(progress, every):
+        if self._is_floor_done(subject):
             return
         with self._failing(subject), Session(subject, self.setting) as session:
             session.warm_up()
-            self._draw(session, every)
+            self._draw(session, self.every)
             session.end_sampling()
+
+    def _is_floor_done(self, subject: Subject) -> bool:
+        progress = self.progress(subject)
+        return _is_watched(subject, progress) and not _undrawn(progress, self.every)
 
     def _in_turns(self) -> None:
         """The reference alive throughout, the others in groups as large as memory allows."""
-        path = self.setting.journal.folder / plain(self.setting.pass_name) / "order.json"
-        order = _Order(**json.loads(path.read_text())) if path.exists() else None
+        order = self._kept_order()
         if order and not self._is_pending(order.room):
             self._note_order(order)
             return
         with self._failing(self.reference), Session(self.reference, self.setting) as base:
             self._alone(base)
-            self._probe(base)
+            self._check(base)
             if order is None:
                 order = self._choose_order(base)
-                path.write_text(json.dumps(asdict(order)))
+                self._order_path.write_text(json.dumps(asdict(order)))
             base.end_sampling()
             self._note_order(order)
             for number, group in enumerate(_chunks(self.others, order.room)):
@@ -140,6 +151,14 @@ class PassRun:
                     self._draw_timed(base, 0, place)
         if self.outcome.has_failed(self.reference) or not (order and order.room):
             self._one_by_one(self._unfinished())
+
+    @property
+    def _order_path(self) -> Path:
+        return self.setting.journal.folder / plain(self.setting.pass_name) / "order.json"
+
+    def _kept_order(self) -> _Order | None:
+        path = self._order_path
+        return _Order(**json.loads(path.read_text())) if path.exists() else None
 
     def _unfinished(self) -> list[Subject]:
         return [one for one in self.others if not self.outcome.has_failed(one)]
@@ -154,7 +173,7 @@ class PassRun:
                 with self._failing(subject):
                     session = stack.enter_context(Session(subject, self.setting))
                     self._alone(session)
-                    self._probe(session)
+                    self._check(session)
                     session.end_sampling()
                     alive.append(session)
             for place in range(len(self.timed)):
@@ -186,13 +205,27 @@ class PassRun:
         self._stage(session, f"run {place + 1} of {len(self.timed)}")
         session.draw_timed(group, place, self.timed[place])
 
+    def _check(self, session: Session) -> None:
+        """Does it obey the seed, and guidance? After the timed requests, where that is possible:
+        their prompts would be remembered."""
+        session.check_seed()
+        self._probe(session)
+
     def _probe(self, session: Session) -> None:
         """Where the profile asks for it, and for every server that does not count forwards."""
         is_told = session.last_nfe is not None
         if session.progress.probe or (is_told and not self.profile.probe_guidance):
             return
         size = self.setting.parameters.sizes[0]
-        found = probe(session, self.setting.warm_work(size))
+        try:
+            found = probe(session, self.setting.warm_work(size))
+        except ZImageError as error:  # such as a server that knows no guidance
+            session.require_alive()
+            reason = str(error).splitlines()[0]
+            session.progress.flag(
+                "unprobed", f"Whether guidance runs unasked could not be checked: {reason}"
+            )
+            return
         session.progress.write(Entry(probe=found))
         for flag in judge(found):
             session.progress.flag(flag.kind, flag.text)
@@ -205,12 +238,12 @@ class PassRun:
         base_s = median(
             row.latency_s for row in self.progress(self.reference).pictures if row.size == size
         )
-        works = _load_works(self.setting, plan.requests)
         for place, number in enumerate((*plan.concurrency, *plan.rates)):
             if place in session.progress.loads:
                 continue
             is_closed = place < len(plan.concurrency)
             self._stage(session, f"{number:g} clients" if is_closed else f"{number:g} of capacity")
+            works = _load_works(self.setting, plan.requests, place)
             before_j = session.energy_j()
             slo_s = plan.slo * base_s
             result = (
@@ -276,10 +309,9 @@ class PassRun:
         progress = self.progress(subject)
         plan = self.profile.load
         num_loads = len(plan.concurrency) + len(plan.rates) if plan else 0
-        is_watched = bool(progress.memory) or subject.url is not None
         return (
             progress.started is not None
-            and is_watched
+            and _is_watched(subject, progress)
             and len(progress.loads) == num_loads
             and not _undrawn(progress, self.pictures)
             and all((group, place) in progress.timed for place in range(len(self.timed)))
@@ -306,16 +338,23 @@ class PassRun:
         self.setting.on_stage(session.subject.name, what)
 
 
+def _is_watched(subject: Subject, progress: Progress) -> bool:
+    """Whether its memory is known, as far as somebody else's running server lets us."""
+    return bool(progress.memory) or subject.url is not None
+
+
 def _undrawn(progress: Progress, slots: Sequence[Slot]) -> list[Slot]:
     drawn = {(row.prompt, row.size) for row in progress.pictures}
     return [slot for slot in slots if slot not in drawn]
 
 
-def _load_works(setting: Setting, count: int) -> list[Work]:
+def _load_works(setting: Setting, count: int, place: int) -> list[Work]:
+    """The next `count` prompts for every test, so that few of them are remembered."""
     parameters: Parameters = setting.parameters
     prompts = len(parameters.prompts)
     size = parameters.sizes[0]
-    return [setting.work(Slot(index % prompts, size)) for index in range(count)]
+    first = place * count
+    return [setting.work(Slot(index % prompts, size)) for index in range(first, first + count)]
 
 
 def _chunks(subjects: Sequence[Subject], size: int) -> Iterator[Sequence[Subject]]:

@@ -1,6 +1,5 @@
 """One variant being measured: its server, its client, its progress on disk."""
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,11 +16,12 @@ from zimage_fp8.bench.journal import Entry, Journal, MemorySeen, Started, Timed,
 from zimage_fp8.bench.launch import Server, free_port, note_server, start_server, stop_server
 from zimage_fp8.bench.load import Client, Drawn, Work
 from zimage_fp8.bench.memory import GpuMonitor, Sampler, probes_for
-from zimage_fp8.bench.quality import check_picture
+from zimage_fp8.bench.quality import check_picture, pixel_digest
 from zimage_fp8.bench.record import MEMORY_METHODS, Parameters, RequestRecord
 from zimage_fp8.bench.workload import Slot
 from zimage_fp8.errors import ZImageError
 
+DIGITS = 6  # of seconds in a record: microseconds
 OnStage = Callable[[str, str], None]  # (variant, what it does now), before each piece of work
 
 
@@ -72,10 +72,14 @@ class Setting:
         )
 
     def warm_work(self, size: str) -> Work:
-        """The first prompt with the seed before its own, as the seed card does it."""
+        """The first prompt with the seed before its own, and with a full stop.
+
+        The length of its caption is the same as a rule, but its text is no timed request's: a
+        server that remembers encoded prompts would skip a stage there.
+        """
         parameters = self.parameters
-        seed = max(0, parameters.seeds[0] - 1)
-        return Work(parameters.prompts[0], seed, size, parameters.steps, parameters.guidance)
+        seed, prompt = max(0, parameters.seeds[0] - 1), f"{parameters.prompts[0]}."
+        return Work(prompt, seed, size, parameters.steps, parameters.guidance)
 
 
 class Session:
@@ -142,7 +146,9 @@ class Session:
         if before_j is not None and after_j is not None:
             self._last_energy_j = after_j - before_j
         self.last_nfe = drawn.facts.nfe
-        self._reported = drawn.facts.peak_memory_bytes
+        for method, peak in drawn.facts.peak_memory_bytes.items():
+            # Some count since their start, others (vLLM-Omni) anew for every request.
+            self._reported[method] = max(peak, self._reported.get(method, 0))
         if self.progress.started is None:
             self.progress.write(Entry(started=self._started(drawn)))
         return drawn
@@ -184,24 +190,32 @@ class Session:
         work = self.setting.work(slot, self.subject.seed_offset)
         position, sent_s = self.setting.num_sent, time.perf_counter() - self.setting.began
         drawn = self.ask(work)
-        sha256 = hashlib.sha256(drawn.png).hexdigest()
+        sha256 = pixel_digest(drawn.png)
         return RequestRecord(
             prompt=slot.prompt,
             size=slot.size,
             seed=work.seed,
             is_timed=is_timed,
             position=position,
-            sent_s=sent_s,
-            latency_s=drawn.latency_s,
+            sent_s=round(sent_s, DIGITS),
+            latency_s=round(drawn.latency_s, DIGITS),
             nfe=drawn.facts.nfe,
-            timings_s=drawn.facts.timings_s,
+            timings_s={name: round(s, DIGITS) for name, s in drawn.facts.timings_s.items()},
             energy_j=self._last_energy_j,
             picture=self._save(slot, drawn.png, sha256),
             sha256=sha256,
         )
 
+    def check_seed(self) -> None:
+        """Draw the first prompt with the next seed, once: another picture must come of it."""
+        if self.progress.other_seed is not None:
+            return
+        self.setting.on_stage(self.subject.name, "checking the seed")
+        work = self.setting.work(Slot(0, self.setting.parameters.size), 1)
+        self.progress.write(Entry(other_seed=pixel_digest(self.ask(work).png)))
+
     def _save(self, slot: Slot, png: bytes, sha256: str) -> str:
-        """Write the picture unless its bytes are there; its path from the record's folder."""
+        """Write the picture unless its pixels are there; its path from the record's folder."""
         same_slot = [row for row in self.progress.requests if (row.prompt, row.size) == tuple(slot)]
         for row in same_slot:
             if row.sha256 == sha256:
@@ -209,7 +223,7 @@ class Session:
         if same_slot:
             self.progress.flag(
                 "not_repeatable",
-                f"Prompt {slot.prompt} at {slot.size} gave different files for the same request.",
+                f"Prompt {slot.prompt} at {slot.size} gave different pictures when asked again.",
             )
         again = f"-again{len(same_slot)}" if same_slot else ""
         folder = Path("pictures", plain(self.setting.pass_name), plain(self.subject.name))

@@ -110,6 +110,6 @@ def _record(
         rate_per_s=rate_per_s,
         slo_s=slo_s,
         duration_s=duration_s,
-        latencies_s=outcomes.latencies_s,
+        latencies_s=[round(latency_s, 6) for latency_s in outcomes.latencies_s],
         failures=dict(Counter(outcomes.errors)),
     )

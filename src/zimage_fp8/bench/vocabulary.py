@@ -21,7 +21,7 @@ MEMORY_METHODS: dict[str, MemoryMethod] = {
     "nvml_device_growth": MemoryMethod(
         "Peak GPU growth, NVML (GiB)",
         "peak GPU growth",
-        "peak memory of all GPUs above what was used before the server started, sampled through "
+        "peak memory of the GPU above what was used before the server started, sampled through "
         "NVML (the driver does not show this process by its id)",
     ),
     "torch_reserved": MemoryMethod(
@@ -33,6 +33,12 @@ MEMORY_METHODS: dict[str, MemoryMethod] = {
         "Peak GPU, torch allocated (GiB)",
         "peak GPU allocated",
         "largest sum of live CUDA tensors, as the server reports it",
+    ),
+    "unified_growth": MemoryMethod(
+        "Peak growth of used memory (GiB)",
+        "peak growth of used memory",
+        "peak of the machine's memory in use above what was used before the server started, "
+        "sampled (GPU and CPU share it, and NVML has no figure for either)",
     ),
     "process_rss": MemoryMethod(
         "Peak RSS (GiB)",
@@ -58,6 +64,9 @@ FLAG_KINDS = {
     "same_backend": "the attention floor ran the same backend as the reference",
     "same_pictures": "different prompts and seeds gave the same picture",
     "not_repeatable": "the same request gave different pictures",
+    "ignored_seed": "another seed gave the same picture",
+    "remembered_prompts": "timed requests skipped the text encoder, whose result was remembered",
+    "unprobed": "whether guidance runs unasked could not be checked",
     "unsettled": "latency was still changing when timing began",
     "failed_requests": "requests failed under load",
     "busy_gpu": "another program used the GPU",
