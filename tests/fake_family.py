@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fake_record import DIGEST, save_pictures
 from zimage_fp8.bench.record import Record, write_record
+from zimage_fp8.checkpoint.own_format import METHOD
 from zimage_fp8.quant.policy import STATIC_POLICIES
 
 CALIBRATION = {
@@ -18,7 +19,17 @@ STATIC = {"format": "e4m3", "weight": "per-tensor", "activation": "static-per-te
 ROW = {"format": "e4m3", "weight": "per-channel", "activation": "dynamic-per-token"}
 
 
-def make_checkpoint(folder: Path, policy: str, base_model: str, **changes: object) -> None:
+INT8 = {
+    "format": "int8",
+    "weight": "per-channel",
+    "activation": "dynamic-per-token",
+    "rotate": True,
+}
+
+
+def make_checkpoint(
+    folder: Path, policy: str, base_model: str, *, is_own_format: bool = False, **changes: object
+) -> None:
     facts = {
         "policy": policy,
         "version": "0.1.0",
@@ -33,7 +44,8 @@ def make_checkpoint(folder: Path, policy: str, base_model: str, **changes: objec
         **changes,
     }
     (folder / "transformer").mkdir(parents=True)
-    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "zimage_fp8": facts}
+    said = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    quantization = {**({"quant_method": METHOD} if is_own_format else said), "zimage_fp8": facts}
     config = {"quantization_config": quantization}
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fake_family import ROW, make_checkpoint, make_family
+from fake_family import INT8, ROW, make_checkpoint, make_family
 from fake_record import DIGEST, NUMBERS, PROMPTS, make_record, make_rich_record, make_variant
 from zimage_fp8.bench.grid import grid_name
 from zimage_fp8.bench.record import VariantRecord, write_record
@@ -120,8 +120,12 @@ def test_both_passes_intervals_and_warnings_are_on_the_card(tmp_path: Path) -> N
         )
     ]
     assert places == sorted(places)
-    assert text[places[2] : places[3]].count("| online_fp8 ★ |") == 1
-    assert "another attention" in text.partition("## How sure")[2]
+    assert text[places[2] : places[3]].count("| online_fp8 ★ |") == 2  # one per size
+    sure = text.partition("## How sure")[2]
+    assert "another attention" in sure
+    for title in ("Pass A, 64×32:", "Pass A, 32×64:", "Pass B, 64×32:", "Pass B, 32×64:"):
+        assert sure.partition(title)[2].startswith("\n\n| Variant | Attention | Timed | p50")
+    assert text.count("At 32×64:\n\n| Variant | Mean latency") == 2
     assert "Another program used 12 % of the GPU." in text
     assert "guidance cost 1.00 forwards more per step" in text
     assert len(front_matter(text)["widget"]) == len(record.parameters.prompts)
@@ -209,6 +213,28 @@ class TestOneFamily:
         assert "static scale" not in card
         assert "share the scales of one calibration" not in card
         assert "share the scales" not in (family / "checkpoints/full/README.md").read_text()
+
+    def test_a_format_of_our_own_is_nobody_elses(self, family: Path) -> None:
+        """No instructions for vLLM-Omni, no name of ModelOpt's, and scales as they are."""
+        self.add_variant(family, "int8-rot", calibration=DIGEST)
+        rules = [{"layers": "*.feed_forward.w[123]", "spec": INT8}]
+        folder = family / "checkpoints/int8-rot"
+        make_checkpoint(folder, "int8-rot", "nano", is_own_format=True, rules=rules)
+        self.write(family)
+        card = (folder / "README.md").read_text()
+        assert "me/nano-INT8-rot" in card
+        assert {"modelopt", "vllm-omni"}.isdisjoint(front_matter(card)["tags"])
+        assert "docker run" not in card
+        assert "vLLM-Omni cannot read this format" in card
+        assert "in its own format, 8 calibration prompts" in card
+        assert "channel scales that are folded into the weights" in card
+        assert "divided by 448" not in card
+        full = (family / "checkpoints/full/README.md").read_text()
+        assert "docker run" in full
+        assert "in NVIDIA ModelOpt's format FP8" in full
+        assert "divided by 448" in full
+        assert "--force-cutlass-fp8" in full
+        assert "share the scales of one calibration" not in full  # int8-rot is in the family
 
     def test_calibrated_checkpoints_say_so(self, family: Path) -> None:
         self.write(family)

@@ -110,6 +110,13 @@ def test_a_template_must_place_the_backend_that_a_profile_asks_for() -> None:
         engine.command(replace(BASE, attention="SAGE_ATTN"))
 
 
+def test_a_program_that_is_not_there_is_said_before_anything_is_quantized() -> None:
+    with pytest.raises(ZImageError, match="cannot run 'no-such-program'"):
+        find_engine("zimage-fp8", "no-such-program {model} {port}").check()
+    find_engine("zimage-fp8", "sh {model} {port}").check()
+    find_engine("zimage-fp8", "zimage-fp8 serve {model} --port {port}").check()
+
+
 def test_an_unknown_engine() -> None:
     with pytest.raises(UsageError, match="expected zimage-fp8 or vllm-omni"):
         find_engine("sglang", None)

@@ -37,7 +37,7 @@ from zimage_fp8.bench.grid import (
     wrapped,
 )
 from zimage_fp8.bench.notes import notes, parameter_table
-from zimage_fp8.bench.record import Quality, Record, VariantRecord, read_record, write_record
+from zimage_fp8.bench.record import Flag, Quality, Record, VariantRecord, read_record, write_record
 from zimage_fp8.bench.report import write_report
 from zimage_fp8.bench.summary import first_pictures
 from zimage_fp8.bench.table import BEST, Table, close_to_best, main_table, rows
@@ -314,6 +314,15 @@ def test_warnings_and_failures_are_said_first(rich: tuple[Record, Path]) -> None
     assert f"Pass A, {BROKEN} failed: the server ended with exit code 1" in before
     assert f"| {BROKEN} | failed: the server ended" in after
     assert "Pass A, online_fp8: Latency fell by 3.0 %" in list(warnings_of(record))[1]
+
+
+def test_what_is_true_of_many_variants_is_said_once() -> None:
+    flag = Flag(kind="unsettled", text="Still changing.")
+    (one,) = make_record().passes
+    variants = [variant.model_copy(update={"flags": [flag]}) for variant in one.variants[:3]]
+    passes = [one.model_copy(update={"variants": variants})]
+    record = make_record().model_copy(update={"passes": passes})
+    assert list(warnings_of(record)) == ["bf16_base, online_fp8, full: Still changing."]
 
 
 def cells_of(table: Table | None, name: str) -> dict[str, str]:

@@ -142,3 +142,12 @@ def test_identical_against_identical_is_a_tie() -> None:
 def test_what_has_no_picture_in_common_is_not_compared() -> None:
     with pytest.raises(ValueError, match="no picture in common"):
         compare_paired({(0, "a"): 1.0}, {(0, "b"): 1.0})
+
+
+@pytest.mark.parametrize(("count", "says"), [(5, "not distinguishable"), (6, "better")])
+def test_few_prompts_decide_nothing(count: int, says: str) -> None:
+    """The seed card's three prompts, all of which point one way by chance in one case of four."""
+    ours = {(prompt, "a"): 30.0 + prompt / 10 for prompt in range(count)}
+    theirs = {case: value - 1 for case, value in ours.items()}
+    assert compare_paired(ours, theirs).verdict == says
+    assert (change_interval([1.0] * count, [2.0] * count).low is None) is (count == 5)

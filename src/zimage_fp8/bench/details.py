@@ -300,12 +300,15 @@ def guidance_table(one: Pass) -> Table | None:
 
 
 def warnings_of(record: Record) -> Iterator[str]:
-    """Every flag and failure of the run, as sentences; the run's own first."""
+    """Every flag and failure of the run, as sentences; the run's own first, equal ones together."""
     yield from (flag.text for flag in record.flags)
     for one in record.passes:
+        names: dict[str, list[str]] = {}
         for variant in (*one.variants, *one.floors):
             for flag in variant.flags:
-                yield f"{_where(record, one)}{variant.name}: {flag.text}"
+                names.setdefault(flag.text, []).append(variant.name)
+        for text, affected in names.items():
+            yield f"{_where(record, one)}{', '.join(affected)}: {text}"
         for failure in one.failures:
             yield f"{_where(record, one)}{failure.name} failed: {_first_line(failure.error)}"
 

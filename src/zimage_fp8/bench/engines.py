@@ -7,6 +7,7 @@ Older releases run guidance that was turned off, and take other flags.
 
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -144,7 +145,12 @@ class Template:
                 raise UsageError(f"--launch lacks {{{field}}}: {template}", param="launch")
 
     def check(self) -> None:
-        """Starting it will tell."""
+        """Whether there is such a program; starting it will tell the rest."""
+        program = self.words[0]
+        if not _fields(program) and program != OurEngine.name and shutil.which(program) is None:
+            raise ZImageError(
+                f"cannot run {program!r}: no such program", hint="install it, or give its path"
+            )
 
     def command(self, start: Start) -> list[str]:
         if start.attention and "attention" not in self.fields:

@@ -268,7 +268,7 @@ def _draw_label(
     left += 0 if row.is_reference else layout.map[0] + 10
     draw.text((left, top), row.name, ACCENT if row.is_best else INK, font(16, bold=True))
     quality = "the reference" if row.is_reference else quality_text(request.quality)
-    lines = [*(quality.split(" · ") if quality else []), f"{request.latency_s:.2f} s"]
+    lines = [*(quality.split(" · ") if quality else []), f"mean {row.latency_s:.2f} s"]
     lines += ["best overall"] if row.is_best else []
     for place, line in enumerate(lines):
         ink = ACCENT if line == "best overall" else GREY

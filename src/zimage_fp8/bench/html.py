@@ -30,7 +30,7 @@ tr.floor td{color:var(--muted);font-style:italic}
 tr.failed td{color:var(--muted)}
 td small{display:block;color:var(--muted);font-size:11.5px;font-weight:400;white-space:nowrap}
 td.wide{text-align:left}
-table:not(.facts) td:last-child{white-space:nowrap}
+table:not(.facts) td:is(:first-child,:last-child){white-space:nowrap}
 ul{padding-left:20px;margin:12px 0}
 li{margin:4px 0;max-width:88ch}
 p{max-width:92ch;margin:18px 0 8px}

@@ -13,6 +13,9 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+# Below, resampling knows too little: of five pairs that all point one way, chance alone makes one
+# set in sixteen, and the interval of three values is their least and greatest.
+MIN_SAMPLES = 6
 SEED = 20261122
 
 # An identical picture has infinite PSNR, which has no difference to anything. Beyond this the rms
@@ -26,7 +29,7 @@ Statistic = Callable[[np.ndarray, int], np.ndarray]  # ([resamples, n], axis) ->
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval; low and high are None with fewer than two samples."""
+    """An estimate and its 95 % interval; low and high are None below MIN_SAMPLES samples."""
 
     value: float
     low: float | None
@@ -85,7 +88,7 @@ def change_interval(values: Sequence[float], base: Sequence[float]) -> Interval:
     """median(values) / median(base) - 1, both resampled independently."""
     ours, theirs = np.asarray(values, np.float64), np.asarray(base, np.float64)
     value = float(np.median(ours) / np.median(theirs) - 1)
-    if len(ours) < 2 or len(theirs) < 2:
+    if min(len(ours), len(theirs)) < MIN_SAMPLES:
         return Interval(value, None, None)
     random = np.random.default_rng(SEED)
     draws = [np.median(one[_indices(random, len(one))], axis=1) for one in (ours, theirs)]
@@ -96,7 +99,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Int
     """The mean of `values`, whole clusters resampled. One cluster (prompt) per value."""
     sums, counts = _per_cluster(np.asarray(values, np.float64), clusters)
     value = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
+    if len(sums) < MIN_SAMPLES:
         return Interval(value, None, None)
     chosen = _indices(np.random.default_rng(SEED), len(sums))  # [resamples, clusters]
     return Interval(value, *_bounds(sums[chosen].sum(1) / counts[chosen].sum(1)))
@@ -159,7 +162,7 @@ def _interval(values: Samples, statistic: Statistic) -> Interval:
     if not len(values):
         raise ValueError("no values")
     value = float(statistic(values[None, :], 1)[0])
-    if len(values) < 2:
+    if len(values) < MIN_SAMPLES:
         return Interval(value, None, None)
     chosen = _indices(np.random.default_rng(SEED), len(values))
     return Interval(value, *_bounds(statistic(values[chosen], 1)))

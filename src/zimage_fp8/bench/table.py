@@ -11,7 +11,7 @@ from zimage_fp8.bench.record import (
     Record,
     VariantRecord,
 )
-from zimage_fp8.bench.statistics import Interval, mean_interval
+from zimage_fp8.bench.statistics import mean_interval
 from zimage_fp8.bench.summary import Metric, metric_rows, steps_per_s
 
 GIB = 2**30
@@ -116,21 +116,28 @@ def _cost(row: Row) -> float:
 
 
 def close_to_best(record: Record, one: Pass | None = None, size: str | None = None) -> list[str]:
-    """Variants whose mean latency has an interval that overlaps with the best one's."""
+    """Variants whose mean latency has an interval that overlaps with the best one's.
+
+    Where there are too few requests for an interval, the least and greatest stand for it.
+    """
     one, size = one or record.passes[0], size or record.parameters.size
     found = zip(rows(record, one, size), one.variants, strict=True)
-    intervals = {row: mean_interval(variant.latencies_s(size)) for row, variant in found}
-    best = next((interval for row, interval in intervals.items() if row.is_best), None)
+    spans = {row: _span(variant.latencies_s(size)) for row, variant in found}
+    best = next((span for row, span in spans.items() if row.is_best), None)
     if best is None:
         return []
-    return [row.name for row, one in intervals.items() if not row.is_best and _touch(one, best)]
+    return [
+        row.name
+        for row, (low, high) in spans.items()
+        if not row.is_best and low <= best[1] and best[0] <= high
+    ]
 
 
-def _touch(one: Interval, other: Interval) -> bool:
-    """Also when nothing is known about either's spread."""
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return True
-    return one.low <= other.high and other.low <= one.high
+def _span(latencies_s: Sequence[float]) -> tuple[float, float]:
+    found = mean_interval(latencies_s)
+    if found.low is None or found.high is None:
+        return min(latencies_s), max(latencies_s)
+    return found.low, found.high
 
 
 def _memory(one: Pass, variant: VariantRecord) -> int | None:

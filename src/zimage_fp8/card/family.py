@@ -9,6 +9,7 @@ from zimage_fp8.bench.facts import CheckpointFacts
 from zimage_fp8.bench.notes import hardware
 from zimage_fp8.bench.record import Record, VariantRecord
 from zimage_fp8.bench.table import Row, rows
+from zimage_fp8.checkpoint.own_format import METHOD as OWN_METHOD
 
 UPSTREAM = "Tongyi-MAI/Z-Image-Turbo"
 EMBEDDED = "nano"
@@ -34,6 +35,11 @@ class Card:
         return self.folder / "README.md"
 
     @property
+    def is_own_format(self) -> bool:
+        """Whether this program alone reads it; else it is ModelOpt's."""
+        return self.facts.algorithm == OWN_METHOD
+
+    @property
     def variant(self) -> VariantRecord:
         """As the main pass measured it, first of all on this program's own server."""
         found = [v for v in self.record.variants if v.policy == self.policy]
@@ -54,7 +60,8 @@ class Card:
     def repository_of(self, policy: str) -> str:
         """`full[0-14]` is a policy, but the Hub allows no brackets."""
         kind = "INT8" if policy.startswith("int8") else "FP8"
-        base, suffix = self.record.model.rpartition("/")[2], re.sub(r"[^\w.]+", "-", policy)
+        base = self.record.model.rpartition("/")[2]
+        suffix = re.sub(r"[^\w.]+", "-", policy.removeprefix("int8-"))
         return f"{self.namespace}/{base}-{kind}-{suffix.strip('-')}"
 
     @property

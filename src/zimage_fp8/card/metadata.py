@@ -6,7 +6,8 @@ from zimage_fp8.bench.grid import grid_prompts
 from zimage_fp8.card.family import ORIGINS, Card, workload
 
 FORMAT_TAGS = {"e4m3": ("fp8", "e4m3"), "int8": ("int8",)}
-TAGS = ("quantized", "modelopt", "z-image", "zimage-fp8", "vllm-omni")
+TAGS = ("quantized", "z-image", "zimage-fp8")
+MODELOPT_TAGS = ("modelopt", "vllm-omni")  # whose format it is, and who else reads it
 
 
 def metadata(card: Card) -> ModelCardData:
@@ -20,11 +21,8 @@ def metadata(card: Card) -> ModelCardData:
         language=["en"] if card.record.is_test_model else ["en", "zh"],
         tags=[
             *FORMAT_TAGS[card.facts.spec.format],
-            "quantized",
-            "modelopt",
-            "z-image",
-            "zimage-fp8",
-            "vllm-omni",
+            *TAGS,
+            *(() if card.is_own_format else MODELOPT_TAGS),
         ],
         inference=False,
         widget=[

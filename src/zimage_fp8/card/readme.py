@@ -14,9 +14,11 @@ from zimage_fp8.bench.details import latency_table, quality_table, rival_of, war
 from zimage_fp8.bench.grid import HEAT_RULE, grid_name, grid_prompts
 from zimage_fp8.bench.notes import attention_text, hardware, notes, parameter_table
 from zimage_fp8.bench.record import MEMORY_METHODS, Pass, Record
+from zimage_fp8.bench.statistics import MIN_SAMPLES
 from zimage_fp8.bench.table import BEST, HERE, Row, main_table, psnr_text, rows
 from zimage_fp8.card.family import ORIGINS, Card, workload
 from zimage_fp8.card.metadata import metadata
+from zimage_fp8.quant.policy import STATIC_POLICIES
 
 PORT = 18002
 
@@ -30,7 +32,7 @@ def render_card(card: Card) -> str:
         _introduction(card),
         "## Quick start\n\n" + _quick_start(card),
         f"## Benchmark: every policy at {workload(record)}\n\n" + _benchmark(card),
-        "## How sure\n\n" + _certainty(record, record.passes[0]),
+        "## How sure\n\n" + _certainty(record),
         "## Image comparisons\n\n" + _comparisons(card),
         "## Benchmark parameters\n\n" + _left(parameter_table(record).markdown()),
         "## What ran\n\n" + _what_ran(card),
@@ -55,8 +57,8 @@ def _introduction(card: Card) -> str:
         f"**Best overall choice in this benchmark: `{best.name}`** ({_numbers(record, best)}). "
         + _how_to_get(best.policy, card),
         _this_variant(card, next((r for r in found if r.is_reference), None)),
-        f"It is one of {len(card.family)} 8-bit policies of {card.base_model}, for zimage-fp8 and "
-        f"vLLM-Omni. {_in_common(card)}",
+        f"It is one of {len(card.family)} policies for {card.base_model} in 8 bits, for zimage-fp8"
+        f"{'' if card.is_own_format else ' and vLLM-Omni'}. {_in_common(card)}",
         f"In the tables below, {BEST} marks the best overall choice (here `{best.name}`) and "
         f"{HERE} the row of this repository.",
     ]
@@ -95,10 +97,14 @@ def _format(card: Card) -> str:
 
 
 def _in_common(card: Card) -> str:
-    """What the family shares, as far as the servers that were measured said so themselves."""
+    """What the family shares, as far as the servers that were measured said so themselves.
+
+    INT8 is calibrated too, but for the channel scales that are folded.
+    """
     measured = {v.policy: v.server.get("calibration") for v in card.record.variants}
     calibrations = {measured[policy] for policy in card.family}
-    if len(calibrations) == 1 and None not in calibrations:
+    is_static = all(policy.partition("[")[0] in STATIC_POLICIES for policy in card.family)
+    if is_static and len(calibrations) == 1 and None not in calibrations:
         return (
             "They differ only in which linear layers of the transformer are quantized; everything "
             "else stays BF16, and all share the scales of one calibration."
@@ -151,8 +157,12 @@ def _how_to_get(policy: str, card: Card) -> str:
 def _quick_start(card: Card) -> str:
     parameters = card.record.parameters
     is_vllm_measured = any(v.engine == "vllm-omni" for v in card.record.variants)
-    return QUICK_START.format(
+    also = NOT_FOR_VLLM_OMNI if card.is_own_format else VLLM_OMNI
+    return "\n\n".join([SERVE, also, ASK]).format(
         repository=card.repository,
+        omni="" if card.is_own_format else OMNI_DEFAULTS,
+        # Its own choice of a kernel for static scales on Blackwell is reported to be slow.
+        cutlass=" \\\n    --force-cutlass-fp8" if card.facts.spec.is_static else "",
         vllm="" if is_vllm_measured else "; the benchmark below did not run vLLM-Omni",
         port=PORT,
         prompt=_in_single_quotes(json.dumps(parameters.prompts[0], ensure_ascii=False)),
@@ -167,12 +177,15 @@ def _in_single_quotes(text: str) -> str:
     return text.replace("'", "'\\''")
 
 
-QUICK_START = """\
+SERVE = """\
 ```bash
 pip install zimage-fp8
 zimage-fp8 serve {repository} --port {port}
-```
+```"""
 
+NOT_FOR_VLLM_OMNI = "vLLM-Omni cannot read this format: rotated weights need rotated inputs."
+
+VLLM_OMNI = """\
 Or with vLLM-Omni 0.26 or newer, which finds the quantization in `transformer/config.json` by
 itself (0.20 took it as `--quantization-config`, since 0.22 the option is
 `--diffusion-quantization-config`{vllm}):
@@ -187,12 +200,15 @@ docker run --rm --gpus all --ipc=host \\
     vllm-omni serve {repository} \\
     --omni --host 0.0.0.0 --port 8002 \\
     --gpu-memory-utilization 0.90 \\
-    --tensor-parallel-size 1
-```
+    --tensor-parallel-size 1{cutlass}
+```"""
 
-Then call the OpenAI-style image API. With vLLM-Omni always send `num_inference_steps` and
-`guidance_scale`: left out they become 50 and 1.0, which is guidance on and twice the work. Releases
-0.20 to 0.24 take 0.0 for "not given" and run guidance all the same.
+OMNI_DEFAULTS = """ With vLLM-Omni always
+send `num_inference_steps` and `guidance_scale`: left out they become 50 and 1.0, which is guidance
+on and twice the work. Releases 0.20 to 0.24 take 0.0 for "not given" and run guidance anyway."""
+
+ASK = """\
+Then call the OpenAI-style image API.{omni}
 
 ```bash
 curl -s http://127.0.0.1:{port}/v1/images/generations \\
@@ -217,7 +233,9 @@ def _benchmark(card: Card) -> str:
     ]
     for one in record.passes:
         parts += [f"### {_pass_title(one)}"]
-        parts += [main_table(record, one, here=card.variant.name).markdown()]
+        for size in record.parameters.sizes:
+            parts += [f"At {size.replace('x', '×')}:"] if len(record.parameters.sizes) > 1 else []
+            parts += [main_table(record, one, size, here=card.variant.name).markdown()]
         if one is record.passes[0]:
             parts += ["\n".join(f"- {note}" for note in notes(record))]
     if warnings := list(warnings_of(record)):
@@ -232,13 +250,18 @@ def _pass_title(one: Pass) -> str:
     return f"Pass {one.name}: `DIFFUSION_ATTENTION_BACKEND={one.attention}`, {ran}"
 
 
-def _certainty(record: Record, one: Pass) -> str:
-    """Intervals and verdicts of the main pass."""
+def _certainty(record: Record) -> str:
+    """Intervals and verdicts: of latency in every pass, of quality in the main one."""
     parts = [
-        "95 % intervals by bootstrap. A change whose interval holds zero is `not distinguishable`.",
-        latency_table(one, record.parameters.size).markdown(),
+        "95 % intervals by bootstrap. A change whose interval holds zero, or that comes of fewer "
+        f"than {MIN_SAMPLES} samples, is `not distinguishable`."
     ]
-    quality, rival = quality_table(record, one), rival_of(one)
+    for one in record.passes:
+        for size in record.parameters.sizes if one.variants else ():
+            where = f"Pass {one.name}, {size.replace('x', '×')}:"
+            parts += [where, latency_table(one, size).markdown()]
+    main = record.passes[0]
+    quality, rival = quality_table(record, main), rival_of(main)
     if quality and rival:
         parts += [
             f"Quality against BF16, and against `{rival.name}` picture by picture. Means come with "
@@ -294,8 +317,17 @@ def _calibration(card: Card) -> str:
     return (
         f"{calibration.prompts} prompts × {calibration.forwards} forwards of the real denoise loop "
         f"at {calibration.size}, {calibration.dtype}, seeds from {calibration.seed}. Sigmas: "
-        f"{sigmas}. A scale is the largest magnitude seen divided by 448. Digest of the "
-        f"calibration: `{card.facts.calibration_digest}`."
+        f"{sigmas}. {_use_of_calibration(card)} Digest of the calibration: "
+        f"`{card.facts.calibration_digest}`."
+    )
+
+
+def _use_of_calibration(card: Card) -> str:
+    if card.facts.spec.is_static:
+        return "A scale is the largest magnitude seen divided by 448."
+    return (
+        "From it come the channel scales that are folded into the weights; activations are scaled "
+        "per token at run time."
     )
 
 
@@ -314,14 +346,20 @@ def _calibrated(card: Card) -> str:
     return f", {calibration.prompts} calibration prompts × {calibration.forwards} denoise forwards"
 
 
+def _format_name(card: Card) -> str:
+    if card.is_own_format:
+        return "its own format"
+    return f"NVIDIA ModelOpt's format {card.facts.algorithm}"
+
+
 def _attribution(card: Card) -> str:
     record, facts = card.record, card.facts
     return "\n".join(
         f"- {line}"
         for line in (
             ORIGINS.get(record.model, f"The licence is that of {card.base_model}."),
-            f"Quantization: zimage-fp8 {facts.version}, in NVIDIA ModelOpt's format "
-            f"{facts.algorithm}{_calibrated(card)}.",
+            f"Quantization: zimage-fp8 {facts.version}, in {_format_name(card)}"
+            f"{_calibrated(card)}.",
             f"Serving and measurement: zimage-fp8 {record.versions.get('zimage-fp8')}.",
             f"Benchmarked on {hardware(record)}, {record.created[:10]}.",
         )
