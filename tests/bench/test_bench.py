@@ -43,7 +43,9 @@ def test_two_variants_from_model_to_card(tiny_model: Path, tmp_path: Path) -> No
             assert pixel_digest(png) == request.sha256
         assert variant.requests[0].picture == variant.requests[2].picture  # the same bytes
         assert [request.is_timed for request in variant.requests] == [True] * 3
-        assert variant.flags == []
+        # The third request is the first one again, whose prompt our server remembers.
+        assert [flag.kind for flag in variant.flags] == ["remembered_prompts"]
+        assert variant.flags[0].text.startswith("In 1 of 3 timed requests")
         assert variant.load_s > 0
         assert len(variant.warmup_latencies_s) == 1
     assert full.server["policy"] == "full"

@@ -1,6 +1,7 @@
 """Plots: what is drawn is where its numbers say, and readable as XML."""
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -85,6 +86,20 @@ def test_a_curve_has_a_dot_per_point_and_its_name() -> None:
     svg = curves([Curve("full", [(1, 2.0), (2, 3.5)])], "x", "y", "t", diagonal="all in time")
     assert len(circles(svg)) == 2
     assert {"full", "all in time"} <= set(texts(svg))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_names_of_many_lines_stay_on_the_page(level: float) -> None:
+    """Where all end at the bottom, or at the top, apart from each other."""
+    lines = [Curve(f"line {index}", [(1.0, level), (2.0, level)]) for index in range(11)]
+    svg = curves([*lines, Curve("other", [(1.0, 1.0 - level)])], "x", "y", "title")
+    page = float(parsed(svg).attrib["height"])
+    named = [t for t in parsed(svg).iter(f"{SPACE}text") if (t.text or "").startswith("line")]
+    heights = sorted(float(text.attrib["y"]) for text in named)
+    assert len(heights) == 11
+    assert heights[0] > 0
+    assert heights[-1] < page
+    assert all(after - before > 12 for before, after in pairwise(heights))
 
 
 def test_bars_are_as_long_as_their_parts() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fake_record import make_record
-from zimage_fp8.bench.record import Quality, Record, read_record, write_record
+from zimage_fp8.bench.record import Quality, Record, RequestRecord, read_record, write_record
+from zimage_fp8.bench.tidy import tidy_json
 from zimage_fp8.errors import ZImageError
 
 
@@ -32,6 +33,24 @@ def with_infinite_psnr(record: Record) -> Record:
         psnr_db=float("inf"), ssim=1.0
     )
     return Record.model_validate(raw)
+
+
+def test_a_request_is_a_line(tmp_path: Path) -> None:
+    """So that a record of a thousand requests may lie in a repository."""
+    record = make_record()
+    write_record(record, tmp_path / "record.json")
+    lines = (tmp_path / "record.json").read_text().splitlines()
+    requests = [line.strip(" ,") for line in lines if line.strip().startswith('{"prompt": ')]
+    rows = [row for variant in record.variants for row in variant.requests]
+    assert [RequestRecord.model_validate_json(line) for line in requests] == rows
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, [], "x" * 900, {"a": ["b" * 700, [], {"c": 1}], "d": None}, [[1.5, -2] * 300], {"é": {}}],
+)
+def test_tidy_json_is_json(value: Any) -> None:
+    assert json.loads(tidy_json(value)) == value
 
 
 def test_a_missing_record_is_one_sentence(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from zimage_fp8.bench.record import MEMORY_METHODS, Pass, Record, VariantRecord
 from zimage_fp8.bench.summary import guidance_cost, strata
-from zimage_fp8.bench.table import BEST_RULE, GIB, Table, close_to_best
+from zimage_fp8.bench.table import BEST_RULE, BEST_RULE_WITHOUT_QUALITY, GIB, Table, close_to_best
 
 FEW_PICTURES = 30  # below, an interval of the mean PSNR spans decibels
 MANY_PROMPTS = 8
@@ -14,7 +14,7 @@ MANY_PROMPTS = 8
 def notes(record: Record) -> Iterator[str]:
     """How to read the main table, and what not to read into it."""
     parameters, one = record.parameters, record.passes[0]
-    yield BEST_RULE
+    yield BEST_RULE_WITHOUT_QUALITY if record.no_quality else BEST_RULE
     if close := close_to_best(record):
         yield (
             f"The star is not certain: the latencies of {', '.join(close)} overlap with those of "

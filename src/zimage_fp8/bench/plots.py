@@ -9,6 +9,7 @@ from zimage_fp8.bench.svg import Canvas, Scale, colour, scale, text_width, tick_
 WIDTH = 860
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 18, 46
 LABEL_SIZE = 12.0
+LABEL_STEP = 15.0
 DASHES = ("", "6 3", "2 3")  # when there are more lines than colours
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -161,11 +162,17 @@ def _end_labels(
     canvas: Canvas, ends: Sequence[tuple[float, float, int, str]], column: float
 ) -> None:
     """Names in a column beside the lines, pushed apart, each tied to its line's end."""
-    last = 0.0
-    for y, x, place, name in sorted(ends):
-        last = max(y, last + 15)
-        canvas.line((x + 5, y), (column, last), colour(place), width=0.8)
-        canvas.text(column + 4, last + 4, name)
+    ends = sorted(ends)
+    rows: list[float] = []
+    for y, *_ in ends:
+        rows.append(max(y, rows[-1] + LABEL_STEP) if rows else y)
+    bottom = canvas.height - 8
+    for index in reversed(range(len(rows))):  # what would leave the page pushes the others up
+        rows[index] = min(rows[index], bottom)
+        bottom = rows[index] - LABEL_STEP
+    for row, (y, x, place, name) in zip(rows, ends, strict=True):
+        canvas.line((x + 5, y), (column, row), colour(place), width=0.8)
+        canvas.text(column + 4, row + 4, name)
 
 
 @dataclass(frozen=True)

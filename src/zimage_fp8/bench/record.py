@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from zimage_fp8.bench.record_v1 import from_version_1
+from zimage_fp8.bench.tidy import tidy_json
 from zimage_fp8.bench.vocabulary import FLAG_KINDS, MEMORY_METHODS
 from zimage_fp8.errors import ZImageError
 
@@ -360,14 +361,15 @@ class Record(_Part):
 def write_record(record: Record, path: Path) -> None:
     """Write atomically: a record is there completely or not at all."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(record.model_dump_json(indent=2) + "\n")
+    plain = json.loads(record.model_dump_json())  # infinity as a string, which JSON lacks
+    temporary.write_text(f"{tidy_json(plain)}\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read_record(path: Path) -> Record:
     """Raises ZImageError when the file is missing, damaged, or of an unknown schema version."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ZImageError(f"cannot read the record {path}: {error.strerror}") from None
     except ValueError as error:

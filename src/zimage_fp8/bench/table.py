@@ -28,6 +28,11 @@ BEST_RULE = (
     "included."
 )
 
+BEST_RULE_WITHOUT_QUALITY = (
+    f"{BEST} marks the smallest product of mean latency and peak memory of a table, BF16 included; "
+    "quality has no part in it."
+)
+
 
 @dataclass(frozen=True)
 class Table:
