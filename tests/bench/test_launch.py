@@ -18,7 +18,7 @@ from zimage_fp8.bench.launch import (
     end_orphans,
     free_port,
     is_free,
-    note_server,
+    note_process,
     start_server,
     stop,
     stop_server,
@@ -117,7 +117,7 @@ def test_servers_of_a_killed_run_are_ended_by_the_next(
 ) -> None:
     orphan, other = start_stub(), start_stub()
     notes = tmp_path / "servers.txt"
-    note_server(orphan, notes)
+    note_process(orphan.pid, notes)
     with notes.open("a") as file:
         file.write(f"{other.pid} 12.5\n999999999 1.0\n")  # ids that were used again, or are gone
     end_orphans(notes)

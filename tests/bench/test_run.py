@@ -350,6 +350,30 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, num_before: int) -> N
         assert len({row.position for row in variant.requests}) == len(variant.requests)
 
 
+@pytest.mark.slow
+def test_a_run_killed_while_quantizing_starts_again(tiny_model: Path, tmp_path: Path) -> None:
+    """The process that quantizes outlives its parent; two of them must not write one folder."""
+    profile, out = tmp_path / "short.toml", tmp_path / "out"
+    profile.write_text(SHORT.replace("32x16", "64x64"))
+    command = ["-m", "zimage_fp8", "bench", str(tiny_model), "--profile", str(profile)]
+    command += ["--policies", "full", "--device", "cpu", "--out", str(out)]
+    first = subprocess.Popen([sys.executable, *command])
+    notes = out / "journal" / "servers.txt"
+    deadline = time.monotonic() + 120
+    while not notes.exists() or not notes.read_text().endswith("\n"):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    quantizing = int(notes.read_text().split()[0])
+    assert not (out / "checkpoints" / "full").exists()
+    subprocess.run([sys.executable, *command], check=True)
+    assert not psutil.pid_exists(quantizing)
+    record = read_record(out / "record.json")
+    assert [variant.name for variant in record.variants] == ["bf16_base", "full"]
+
+
 def rows_on_disk(out: Path) -> list[str]:
     """Every whole line of every journal."""
     return [

@@ -135,7 +135,9 @@ def test_something_else_in_a_checkpoints_place_is_refused(tiny_model: Path, tmp_
 
 def test_calibration_computes_in_the_benchmarks_type(tiny_model: Path, tmp_path: Path) -> None:
     variants = plan_variants(["full"], tmp_path)
-    make_checkpoints(str(tiny_model), variants[1:], tmp_path, "float32", "cpu")
+    notes = tmp_path / "servers.txt"
+    make_checkpoints(str(tiny_model), variants[1:], tmp_path, "float32", "cpu", notes)
+    assert len(notes.read_text().split()) == 2  # a process, and when it was born
     facts = read_facts(tmp_path / "full")
     assert facts
     assert facts.calibration

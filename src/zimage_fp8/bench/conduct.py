@@ -98,7 +98,9 @@ def conduct(model: str, out: Path, wishes: Wishes, choices: Choices) -> Record:
     for flag in flags:
         of_the_run.flag(flag.kind, flag.text)
     end_orphans(journal.server_notes)
-    make_checkpoints(model, run.missing, out / CHECKPOINTS, wishes.dtype, wishes.device)
+    missing = [one for one in run.missing if one.checkpoint and not one.checkpoint.exists()]
+    notes, places = journal.server_notes, out / CHECKPOINTS
+    make_checkpoints(model, missing, places, wishes.dtype, wishes.device, notes)
     passes = measure(run, out, journal)
     if run.no_quality is None:
         passes = [with_quality(one, out, run.parameters, judge) for one in passes]

@@ -118,15 +118,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family, STOP_TIMEOUT_S)
 
 
-def note_server(server: Server, notes: Path) -> None:
-    """Write down a started server, for `end_orphans` after a kill that nobody could catch."""
+def note_process(pid: int, notes: Path) -> None:
+    """Write down a started process, for `end_orphans` after a kill that nobody could catch."""
     with suppress(psutil.NoSuchProcess), notes.open("a", encoding="utf-8") as file:
-        created = psutil.Process(server.pid).create_time()
-        file.write(f"{server.pid} {created}\n")
+        created = psutil.Process(pid).create_time()
+        file.write(f"{pid} {created}\n")
 
 
 def end_orphans(notes: Path) -> None:
-    """End the servers that a killed run left behind, and forget the notes."""
+    """End the processes that a killed run left behind, and forget the notes."""
     if not notes.exists():
         return
     for line in notes.read_text(encoding="utf-8").splitlines():

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from zimage_fp8.bench.engines import Engine, Start
 from zimage_fp8.bench.gpu import Activity, Driver
 from zimage_fp8.bench.journal import Entry, Journal, MemorySeen, Started, Timed, plain
-from zimage_fp8.bench.launch import Server, free_port, note_server, start_server, stop_server
+from zimage_fp8.bench.launch import Server, free_port, note_process, start_server, stop_server
 from zimage_fp8.bench.load import Client, Drawn, Work
 from zimage_fp8.bench.memory import GpuMonitor, Sampler, probes_for
 from zimage_fp8.bench.quality import check_picture, pixel_digest
@@ -124,7 +124,7 @@ class Session:
         command = self.subject.engine.command(replace(self.subject.start, port=port))
         log = self.setting.out / "logs" / plain(self.setting.pass_name)
         self.server = start_server(command, port, log / f"{plain(self.subject.name)}.log", driver)
-        note_server(self.server, self.setting.journal.server_notes)
+        note_process(self.server.pid, self.setting.journal.server_notes)
         self.sampler = Sampler(probes_for(self.server.pid, driver))
         self._load_s = self.server.wait_until_healthy()
         self.sampler.phase = "steady"

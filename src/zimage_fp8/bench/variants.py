@@ -9,7 +9,7 @@ from pathlib import Path
 from zimage_fp8 import __version__
 from zimage_fp8.bench.engines import Engine, OurEngine
 from zimage_fp8.bench.facts import CheckpointFacts, read_facts
-from zimage_fp8.bench.launch import stop
+from zimage_fp8.bench.launch import note_process, stop
 from zimage_fp8.bench.record import REFERENCE
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY, algorithm_of
 from zimage_fp8.checkpoint.shards import ShardReader
@@ -136,12 +136,18 @@ def _differences(
 
 
 def make_checkpoints(
-    model: str, missing: Sequence[Variant], checkpoints: Path, dtype: str, device: str | None
+    model: str,
+    missing: Sequence[Variant],
+    checkpoints: Path,
+    dtype: str,
+    device: str | None,
+    notes: Path,
 ) -> None:
     """Quantize what is missing, from one calibration, in a process that is gone afterwards.
 
     Its memory and its hold on the GPU must not be there while servers are measured. Whatever ends
-    this process by unwinding also ends that one, politely, so that it removes what is unfinished.
+    this process by unwinding also ends that one, politely, so that it removes what is unfinished;
+    after a kill the next run finds it in `notes` and ends it, or both would write one folder.
     """
     if not missing:
         return
@@ -151,6 +157,7 @@ def make_checkpoints(
         command += ["--policy", variant.asked]
     command += ["--dtype", dtype, *(["--device", device] if device else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    note_process(process.pid, notes)
     try:
         code = process.wait()
     finally:
