@@ -13,9 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from fake_gpu import FakeDriver
 from stub_server import launch_command
 from zimage_fp8.bench import conduct as conducting
+from zimage_fp8.bench import gpu
 from zimage_fp8.bench.conduct import Choices, conduct
+from zimage_fp8.bench.gpu import Reading
 from zimage_fp8.bench.launch import Server
 from zimage_fp8.bench.record import Flag, Record, VariantRecord, read_record
 from zimage_fp8.bench.run import PassRun
@@ -146,6 +149,33 @@ def test_less_memory_means_smaller_groups(
     assert {len(variant.timed) for variant in others} == {8}
     # In groups of one the reference is timed once with each of the two others.
     assert len(base.timed) == (16 if order == "interleaved" else 8)
+
+
+@pytest.mark.parametrize("is_unified", [False, True])
+def test_energy_clocks_and_memory_of_a_gpu_are_in_the_record(
+    is_unified: bool, driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pretended GPU: every look at its counter costs a joule, a request is two looks apart.
+
+    It names no process, so that torch's own figure is the table's, with unified memory too.
+    """
+    if is_unified:
+        driver.used = driver.total = driver.processes = None
+    driver.reading = Reading(1500.0, 400.0, 50.0, 0.0, frozenset({"hw_thermal_slowdown"}))
+    monkeypatch.setattr(conducting, "find_driver", lambda _device: driver)
+    monkeypatch.setattr(gpu, "BUSY_PAUSE_S", 0)
+    options = ("--overhead", 0.1)
+    record = run(tmp_path, *COUNTED, *options, profile=SHORT, policies=("online_fp8",))
+    assert record.machine.gpus[0].name == "NVIDIA Test 9000"
+    assert record.memory_method == "torch_reserved"
+    for variant in record.variants:
+        assert {row.energy_j for row in variant.requests} == {1.0}
+        assert variant.gpu
+        assert variant.gpu.sm_clock_mhz
+        assert variant.gpu.sm_clock_mhz.mean == 1500
+        assert variant.gpu.throttled == {"hw_thermal_slowdown": 1.0}
+        assert kinds(variant) == ["throttled"]
+        assert "process_rss" not in variant.peak_memory_bytes
 
 
 def test_a_variant_that_breaks_is_a_row_and_not_a_crash(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from zimage_fp8.errors import ZImageError
 
 SSIM_WINDOW = 11
 DATA_RANGE = 255
-# A picture of NaN is cast to black, and a lossy file adds a level or two.
+# A picture of NaN is cast to black, and a lossy file adds a level or two. Of 26 pictures of nano on
+# plain backgrounds the emptiest has 39 % of its pixels farther from its median.
 FLAT_LEVELS = 2
 FLAT_SHARE = 0.001
 
