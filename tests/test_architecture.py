@@ -157,6 +157,44 @@ def test_needs_no_torch(module: str) -> None:
     )
 
 
+# What drawing on the engine does without, one name for each of the trees that would grow under it.
+HEAVY = (
+    *("diffusers", "transformers.modeling_utils", "accelerate", "peft", "datasets"),
+    *("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torchvision", "sympy"),
+    *("scipy", "pandas", "skimage", "matplotlib"),
+)
+
+
+def test_serving_imports_nothing_it_does_not_use() -> None:
+    """Start-up is mostly imports: what a server needs is spelled out, and nothing pulls in more.
+
+    transformers, whose tokenizer is used, comes later, beside the reading of the weights.
+    """
+    run_python(
+        f"""
+import sys
+import zimage_fp8.cli, zimage_fp8.engine, zimage_fp8.generate, zimage_fp8.serve
+crept_in = sorted({{"transformers", *{HEAVY}}} & set(sys.modules))
+assert not crept_in, crept_in
+"""
+    )
+
+
+def test_drawing_on_the_engine_imports_no_models_but_ours(tiny_model: Path) -> None:
+    run_python(
+        f"""
+import sys
+from zimage_fp8.engine import EngineOptions, load_pipeline
+from zimage_fp8.generate import generate
+from zimage_fp8.model.pipeline import ImageRequest
+pipeline = load_pipeline({str(tiny_model)!r}, options=EngineOptions("fused"), device="cpu")
+pipeline.generate(ImageRequest("a red apple", width=64, height=64, steps=1))
+crept_in = sorted({{*{HEAVY}}} & set(sys.modules))
+assert not crept_in, crept_in
+"""
+    )
+
+
 def test_help_is_quick() -> None:
     """CPU seconds of the process, not wall time: a busy machine does not fail it.
 

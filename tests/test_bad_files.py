@@ -64,9 +64,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         "a number as its shift",
     ),
-    "VAE config is broken": (text("vae/config.json", "{"), "the VAE cannot be loaded"),
+    "VAE config is broken": (text("vae/config.json", "{"), "vae/config.json cannot be read"),
     "VAE weights are empty": (
-        lambda f: first_shard(f, "vae").write_bytes(b""), "the VAE cannot be loaded",
+        lambda f: first_shard(f, "vae").write_bytes(b""), "vae: 1 problem",
     ),
     "text encoder is empty": (
         lambda f: first_shard(f, "text_encoder").write_bytes(b""), "text encoder cannot be loaded",

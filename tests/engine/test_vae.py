@@ -1,4 +1,5 @@
-"""The fast decoder against diffusers' own, on the CPU with the reference ops, on a GPU as it runs.
+"""The fast decoder against the plain one, which computes diffusers' bits: on the CPU with the
+reference ops, on a GPU as it runs.
 
 Measured on the CPU, nano, a 40x32 latent of noise: in fp32 2 of 1e5 values differ, by one level; in
 BF16 52.2 dB from diffusers' BF16, 56.1 dB from fp32, where diffusers' own BF16 is at 52.9 dB.

@@ -105,7 +105,7 @@ def decode_work(pipeline: Pipeline, request: ImageRequest) -> dict[str, Work]:
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False) as counter,
     ):
-        vae.decode(torch.empty(shape, dtype=vae.dtype, device=vae.device), return_dict=False)
+        vae.decode(torch.empty(shape, dtype=vae.dtype, device=vae.device))
     counts = counter.get_flop_counts()["Global"]
     flops = sum(count for op, count in counts.items() if "convolution" in str(op))
     return {CONVOLUTION: Work({plain_format(vae.dtype): float(flops)})}

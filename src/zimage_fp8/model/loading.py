@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -113,20 +114,20 @@ def _assemble(
     share: Pipeline | None,
     parts: Parts,
 ) -> Pipeline:
-    loaded = load_transformer(
-        folder / "transformer",
-        policy=policy,
-        calibration=calibration,
-        dtype=DTYPES[dtype],
-        device=device,
-    )
+    with ThreadPoolExecutor(1) as beside:  # its imports and its tokenizer take a core, not the disk
+        opening = beside.submit(_open_text, folder, DTYPES[dtype], device, share, parts)
+        loaded = load_transformer(
+            folder / "transformer",
+            policy=policy,
+            calibration=calibration,
+            dtype=DTYPES[dtype],
+            device=device,
+        )
     digest = calibration.digest if calibration else None
     return Pipeline(
         display_name(model),
         loaded.model,
-        share.text
-        if share
-        else _opened("text encoder", lambda: parts.text(folder, DTYPES[dtype], device)),
+        opening.result(),
         share.decoder
         if share
         else _opened("VAE", lambda: parts.decoder(folder, DTYPES[dtype], device)),
@@ -137,6 +138,14 @@ def _assemble(
         if loaded.stored
         else digest,
     )
+
+
+def _open_text(
+    folder: Path, dtype: torch.dtype, device: torch.device, share: Pipeline | None, parts: Parts
+) -> PromptEncoder:
+    if share:
+        return share.text
+    return _opened("text encoder", lambda: parts.text(folder, dtype, device))
 
 
 def _opened(what: str, load: Callable[[], T]) -> T:

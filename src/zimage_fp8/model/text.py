@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 from zimage_fp8.errors import ModelError, UsageError
 
@@ -25,6 +23,9 @@ class PromptEncoder(ABC):
     """Prompts in, captions out: Qwen's chat template and vocabulary, and a Qwen3 to be chosen."""
 
     def __init__(self, folder: Path) -> None:
+        # A second of processor time, which `model.loading` spends beside the transformer's reading.
+        from transformers import AutoTokenizer
+
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         # A request asks for its prompt's tokens at every stage; the template costs 0.2 ms a time.
         self.tokens = lru_cache(maxsize=64)(self._tokens)
@@ -75,6 +76,9 @@ class TextEncoder(PromptEncoder):
 
 
 def _load_qwen3(folder: Path, dtype: torch.dtype) -> nn.Module:
+    # 3 s of processor time that the fused engine does not spend
+    from transformers import AutoConfig, AutoModel
+
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3":
         raise ModelError(f"{folder} is a {config.model_type} model, expected qwen3")
@@ -93,6 +97,8 @@ def _load_qwen3(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
