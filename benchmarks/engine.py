@@ -3,6 +3,7 @@
     python benchmarks/engine.py --out engine.json [--policies full bf16_base] [--seconds 8]
     python benchmarks/engine.py --ladder ladder.json
     python benchmarks/engine.py --profile profile.json --policies full
+    python benchmarks/engine.py --scale tiny --seconds 0 --ladder ladder.json    a dry run
 
 Random weights made on the GPU: speed and memory are real, pictures are meaningless. Static scales
 come from one observed forward. Every loop is eight forwards, batch 1, guidance 0, with a caption of
@@ -11,18 +12,16 @@ its power limit; the median is reported with SM clock and power.
 """
 
 import argparse
-import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fake_model import random_tensor
-from gpu import envelope, sampled_gpu
+from fake_model import SCALES, random_tensor
+from gpu import DEVICE, RANDOM_WEIGHTS, envelope, sustained, write_rows
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
 from zimage_fp8.kernels.attention import BACKENDS, Target, choose_backend
@@ -33,20 +32,23 @@ from zimage_fp8.numerics import amax, scale_of
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
 from zimage_fp8.quant.policy import Plan, find_policy, resolve
 
-SIZES = {"1024x512": (512, 1024), "1024x1024": (1024, 1024)}  # name -> height, width
+SIZES = {  # scale -> name -> height, width
+    "full": {"1024x512": (512, 1024), "1024x1024": (1024, 1024)},
+    "tiny": {"64x32": (32, 64), "64x64": (64, 64)},
+}
 POLICIES = ("bf16_base", "full", "online_fp8", "fp8-row", "int8-rot")
 STEPS, SHIFT, CAPTION_TOKENS = 8, 3.0, 64
-DEVICE = torch.device("cuda")
+Size = tuple[int, int]  # height, width
 
 
 class RandomModel:
     """BF16 weights once; transformers of any policy from them; the amax that a forward saw."""
 
-    def __init__(self, config: ZImageConfig) -> None:
-        self.config = config
+    def __init__(self, scale: str) -> None:
+        self.config, self.sizes = SCALES[scale].transformer, SIZES[scale]
         self.generator = torch.Generator(DEVICE).manual_seed(0)
         with torch.device("meta"):
-            self.base = ZImageTransformer(config)
+            self.base = ZImageTransformer(self.config)
         for name, module in list(self.base.named_modules()):
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 value = random_tensor(f"{name}.{leaf}", tuple(parameter.shape), self.generator)
@@ -99,7 +101,8 @@ class RandomModel:
         ]
         refined = self.base.refine_caption(*caption(self.config))
         for sigma in (1.0, 0.7, 0.3):
-            self.base(latent(self.config, "1024x512"), transformer_time(sigma).cuda(), refined)
+            first = next(iter(self.sizes.values()))
+            self.base(latent(self.config, first), transformer_time(sigma).to(DEVICE), refined)
         for handle in hooks:
             handle.remove()
         return seen
@@ -112,8 +115,8 @@ def caption(config: ZImageConfig) -> tuple[Tensor, Tensor]:
     return values.to(DEVICE, torch.bfloat16), is_pad.to(DEVICE)
 
 
-def latent(config: ZImageConfig, size: str) -> Tensor:
-    return draw_latent(0, config.in_channels, *SIZES[size]).to(DEVICE)
+def latent(config: ZImageConfig, size: Size) -> Tensor:
+    return draw_latent(0, config.in_channels, *size).to(DEVICE)
 
 
 def loop_of(forward: Callable[[Tensor, Tensor], Tensor], start: Tensor) -> Callable[[], Tensor]:
@@ -126,17 +129,17 @@ def loop_of(forward: Callable[[Tensor, Tensor], Tensor], start: Tensor) -> Calla
     return loop
 
 
-def engine_loop(engine: FusedTransformer, size: str) -> Callable[[], Tensor]:
+def engine_loop(engine: FusedTransformer, size: Size) -> Callable[[], Tensor]:
     refined = engine.refine_caption(*caption(engine.config))
     return loop_of(lambda x, t: engine.forward(x, t, refined), latent(engine.config, size))
 
 
-def plain_loop(model: ZImageTransformer, size: str) -> Callable[[], Tensor]:
+def plain_loop(model: ZImageTransformer, size: Size) -> Callable[[], Tensor]:
     refined = model.refine_caption(*caption(model.config))
-    return loop_of(lambda x, t: model(x, t.cuda(), refined).float(), latent(model.config, size))
+    return loop_of(lambda x, t: model(x, t.to(DEVICE), refined).float(), latent(model.config, size))
 
 
-def diffusers_loop(weights: ZImageTransformer, size: str) -> Callable[[], Tensor]:
+def diffusers_loop(weights: ZImageTransformer, size: Size) -> Callable[[], Tensor]:
     """diffusers' own transformer in BF16, eager, with the same weights."""
     from diffusers import ZImageTransformer2DModel
 
@@ -149,6 +152,7 @@ def diffusers_loop(weights: ZImageTransformer, size: str) -> Callable[[], Tensor
             n_heads=config.n_heads,
             n_kv_heads=config.n_heads,
             cap_feat_dim=config.cap_feat_dim,
+            axes_dims=list(config.axes_dims),
         )
     state: dict[str, Tensor] = {}
     for name, module in weights.named_modules():
@@ -165,38 +169,20 @@ def diffusers_loop(weights: ZImageTransformer, size: str) -> Callable[[], Tensor
     feature = values[0, : int((~is_pad).sum())]
 
     def forward(x: Tensor, t: Tensor) -> Tensor:
-        out = model([x[0].unsqueeze(1).bfloat16()], t.cuda(), [feature], return_dict=False)[0]
+        out = model([x[0].unsqueeze(1).bfloat16()], t.to(DEVICE), [feature], return_dict=False)[0]
         return out[0].squeeze(1)[None].float()
 
     return loop_of(forward, latent(config, size))
 
 
-@torch.inference_mode()
-def sustained(loop: Callable[[], Tensor], seconds: float) -> dict[str, float]:
-    """Median milliseconds of a loop over `seconds` of back-to-back work."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first = loop()
-    if not first.isfinite().all():
+def measured(loop: Callable[[], Tensor], seconds: float) -> dict[str, float]:
+    """`gpu.sustained`, of a loop whose result is finite: of others the times would flatter."""
+    if not loop().isfinite().all():
         raise RuntimeError("the loop's result is not finite: times would flatter")
-    loop()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    with sampled_gpu() as gpu:
-        while sum(times) < seconds * 1000 or len(times) < 5:
-            start.record()
-            loop()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    ordered = sorted(times)
-    return {
-        "ms": median(times),
-        "ms_p10": ordered[len(times) // 10],
-        "ms_p90": ordered[len(times) * 9 // 10],
-        "loops": len(times),
-        "torch_allocated_peak_bytes": torch.cuda.max_memory_allocated(),
-        **gpu,
-    }
+    found = sustained(loop, seconds)
+    if DEVICE.type == "cuda":
+        found["torch_allocated_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def engine_of(model: ZImageTransformer, backend: str = "auto") -> FusedTransformer:
@@ -212,48 +198,41 @@ def show(name: str, size: str, result: dict[str, float]) -> None:
     )
 
 
-@torch.inference_mode()
-def measure(model: RandomModel, policies: list[str], seconds: float, backend: str) -> list[Any]:
-    rows = []
+def measure(
+    model: RandomModel, policies: list[str], seconds: float, backend: str
+) -> Iterator[dict[str, Any]]:
+    """The loop under every policy, size by size."""
     for policy in policies:
         engine = engine_of(model.transformer(policy), backend)
-        for size in SIZES:
-            torch.cuda.reset_peak_memory_stats()
-            result = sustained(engine_loop(engine, size), seconds)
-            show(f"{policy} ({engine.attention.name})", size, result)
+        for name, size in model.sizes.items():
+            with torch.inference_mode():
+                reset_peak()
+                result = measured(engine_loop(engine, size), seconds)
+            show(f"{policy} ({engine.attention.name})", name, result)
             gemm = {
-                name: linear.chosen[max(linear.chosen)] for name, linear in engine.linears.items()
+                layer: linear.chosen[max(linear.chosen)] for layer, linear in engine.linears.items()
             }
-            rows.append(
-                {
-                    "policy": policy,
-                    "size": size,
-                    "attention": engine.attention.name,
-                    "gemm": gemm,
-                    **result,
-                }
-            )
+            facts = {"policy": policy, "size": name, "attention": engine.attention.name}
+            yield facts | {"gemm": gemm, **result}
         engine.graphs.forget()
         del engine
         torch.cuda.empty_cache()
-    return rows
 
 
-@torch.inference_mode()
-def ladder(model: RandomModel, seconds: float) -> list[dict[str, Any]]:
+Loops = Callable[[Size], Callable[[], Tensor]]
+
+
+def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
     """eager -> fused -> graph -> FP8 -> FA3, one thing at a time, in one process."""
     base = model.transformer("bf16_base")
-    sdpa = BACKENDS["sdpa"]
+    no_graph = torch.device("cpu")
 
-    def fused(policy: str, backend: str, *, graph: bool) -> Callable[[str], Callable[[], Tensor]]:
-        engine = FusedTransformer(
-            model.transformer(policy),
-            BACKENDS[backend],
-            GraphCache(DEVICE if graph else torch.device("cpu")),
-        )
+    def fused(policy: str, backend: str, graphs: torch.device) -> Loops:
+        attention = BACKENDS[backend]
+        engine = FusedTransformer(model.transformer(policy), attention, GraphCache(graphs))
         return lambda size: engine_loop(engine, size)
 
-    rungs: list[tuple[str, str, Callable[[], Callable[[str], Callable[[], Tensor]]]]] = [
+    rungs: tuple[tuple[str, str, Callable[[], Loops]], ...] = (
         (
             "diffusers, eager",
             "BF16, as shipped",
@@ -267,60 +246,60 @@ def ladder(model: RandomModel, seconds: float) -> list[dict[str, Any]]:
         (
             "fused kernels",
             "one kernel per norm, gate and rotation; adaLN once per timestep",
-            lambda: fused("bf16_base", "sdpa", graph=False),
+            lambda: fused("bf16_base", "sdpa", no_graph),
         ),
-        ("CUDA graph", "one replay per step", lambda: fused("bf16_base", "sdpa", graph=True)),
+        ("CUDA graph", "one replay per step", lambda: fused("bf16_base", "sdpa", DEVICE)),
         (
             "FP8",
             "static E4M3, quantized inside the fused kernels",
-            lambda: fused("full", "sdpa", graph=True),
+            lambda: fused("full", "sdpa", DEVICE),
         ),
         (
             "FlashAttention-3",
             "instead of PyTorch's choice",
-            lambda: fused("full", "fa3", graph=True),
+            lambda: fused("full", "fa3", DEVICE),
         ),
-    ]  # fmt: skip
-    found = []
+    )
     for name, what, make in rungs:
+        details = {}
         try:
-            loops = make()
-            results = {size: sustained(loops(size), seconds) for size in SIZES}
+            with torch.inference_mode():
+                loops = make()
+                for size_name, size in model.sizes.items():
+                    details[size_name] = measured(loops(size), seconds)
+                    show(name, size_name, details[size_name])
         except Exception as error:  # noqa: BLE001  one rung less is no reason to lose the others
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue
-        for size, result in results.items():
-            show(name, size, result)
-        found.append(
-            {"name": name, "what": what, "ms": {s: r["ms"] for s, r in results.items()}}
-            | {"details": results}
-        )
+        ms = {size: found["ms"] for size, found in details.items()}
+        yield {"name": name, "what": what, "ms": ms, "details": details}
         del loops
         torch.cuda.empty_cache()
-    print("PyTorch's own attention here:", sdpa.summary)
-    return found
 
 
-@torch.inference_mode()
-def profile(model: RandomModel, policies: list[str], backend: str) -> list[dict[str, Any]]:
+def profile(model: RandomModel, policies: list[str], backend: str) -> Iterator[dict[str, Any]]:
     """Where a loop's time goes, by kernel, under load."""
-    tables = []
+    on_gpu = DEVICE.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
     for policy in policies:
         engine = engine_of(model.transformer(policy), backend)
-        for size in SIZES:
-            loop = engine_loop(engine, size)
-            for _ in range(10):  # to the clock that lasts
-                loop()
-            torch.cuda.synchronize()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as recorded:
-                for _ in range(3):
+        for size_name, size in model.sizes.items():
+            with torch.inference_mode():
+                loop = engine_loop(engine, size)
+                for _ in range(10 if on_gpu else 1):  # to the clock that lasts
                     loop()
-                torch.cuda.synchronize()
+                with torch.profiler.profile(
+                    activities=[activity.CUDA if on_gpu else activity.CPU]
+                ) as recorded:
+                    for _ in range(3):
+                        loop()
+                    if on_gpu:
+                        torch.cuda.synchronize()
             spans: dict[str, list[float]] = defaultdict(list)
             for event in recorded.events():
-                if event.device_type == torch.autograd.DeviceType.CUDA:
+                if not on_gpu:
+                    spans[event.name].append(event.self_cpu_time_total)
+                elif event.device_type == torch.autograd.DeviceType.CUDA:
                     spans[event.name].append(event.device_time_total)
             kernels = [
                 {"name": name[:120], "launches": len(times) // 3, "ms": sum(times) / 3000}
@@ -328,12 +307,16 @@ def profile(model: RandomModel, policies: list[str], backend: str) -> list[dict[
             ]
             kernels.sort(key=lambda row: -float(str(row["ms"])))
             total = sum(float(str(row["ms"])) for row in kernels)
-            print(f"{policy} {size}: {total:.1f} ms in kernels")
+            print(f"{policy} {size_name}: {total:.1f} ms in kernels")
             for row in kernels[:16]:
                 print(f"  {row['ms']:8.2f} ms {row['launches']:5} x {str(row['name'])[:90]}")
-            tables.append({"policy": policy, "size": size, "ms": total, "kernels": kernels[:40]})
+            yield {"policy": policy, "size": size_name, "ms": total, "kernels": kernels[:40]}
         engine.graphs.forget()
-    return tables
+
+
+def reset_peak() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def main() -> None:
@@ -344,22 +327,24 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--scale", choices=SIZES, default="full", help="tiny: a dry run")
     arguments = parser.parse_args()
-    model = RandomModel(ZImageConfig())
+    if arguments.scale == "full" and DEVICE.type == "cpu":
+        parser.error("full size needs a GPU; --scale tiny proves the script without one")
+    model = RandomModel(arguments.scale)
     facts = envelope() | {
-        "weights": "random: speed and memory are real, pictures are meaningless",
+        "weights": RANDOM_WEIGHTS,
         "steps": STEPS,
         "caption_tokens": CAPTION_TOKENS,
     }
-    if arguments.out:
-        rows = measure(model, arguments.policies, arguments.seconds, arguments.attention)
-        arguments.out.write_text(json.dumps(facts | {"loops": rows}, indent=1) + "\n")
-    if arguments.profile:
-        tables = profile(model, arguments.policies, arguments.attention)
-        arguments.profile.write_text(json.dumps(facts | {"tables": tables}, indent=1) + "\n")
-    if arguments.ladder:
-        rungs = ladder(model, arguments.seconds)
-        arguments.ladder.write_text(json.dumps(facts | {"rungs": rungs}, indent=1) + "\n")
+    policies, backend, seconds = arguments.policies, arguments.attention, arguments.seconds
+    for path, key, rows in (
+        (arguments.out, "loops", measure(model, policies, seconds, backend)),
+        (arguments.profile, "tables", profile(model, policies, backend)),
+        (arguments.ladder, "rungs", ladder(model, seconds)),
+    ):
+        if path:
+            write_rows(path, facts, key, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Time every GEMM implementation and every fused kernel against its reference and the ceiling.
 
     python benchmarks/kernels.py --out kernels.json [--choices src/zimage_fp8/engine/gemm.json]
+    python benchmarks/kernels.py --kinds --out kernels-fused.json    no products
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --scale tiny --kinds    a dry run
 
 Shapes are the full-size transformer's. Operands are random, finite, and rotated among sets that do
 not fit into the L2 cache together. A kernel whose comparison with the reference fails is printed as
@@ -20,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpu import Envelope, envelope
+from fake_model import SCALES
+from gpu import DEVICE, Envelope, elapsed_ms, envelope
 from zimage_fp8.kernels.activation import Activation, Output, encode_reference, encode_triton
 from zimage_fp8.kernels.matmul import Tile, matmul, refusal
 from zimage_fp8.kernels.norm import (
@@ -42,9 +45,10 @@ from zimage_fp8.numerics import (
     scale_of,
 )
 
-DIM, FFN, HEADS, HEAD_DIM = 3840, 10240, 30, 128
-SHAPES = {"to_qkv": (3 * DIM, DIM), "to_out": (DIM, DIM), "w13": (2 * FFN, DIM), "w2": (DIM, FFN)}
-ROWS = (2112, 4160)  # 1024x512 and 1024x1024 with a caption of 64 tokens
+ROWS = {  # 1024x512 and 1024x1024 with a caption of 64 tokens
+    "full": (2112, 4160),
+    "tiny": (40, 72),
+}
 KINDS = ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector")
 SETS = 4
 MAX_FUSED_ERROR = 2e-3  # a BF16 rounding here and there; codes a step apart are rarer than 1e-4
@@ -93,8 +97,8 @@ def operands(kind: str, rows: int, columns: int, depth: int, count: int) -> list
     """`count` independent sets of operands on the GPU."""
     made: list[Operands] = []
     for _ in range(count):
-        x = torch.randn(rows, depth, device="cuda")
-        weight = torch.randn(columns, depth, device="cuda")
+        x = torch.randn(rows, depth, device=DEVICE)
+        weight = torch.randn(columns, depth, device=DEVICE)
         if kind == "bf16":
             made.append((Activation(x.bfloat16()), weight.bfloat16(), None))
             continue
@@ -109,6 +113,8 @@ def operands(kind: str, rows: int, columns: int, depth: int, count: int) -> list
 
 def median_us(run: Callable[[int], object], *, sets: int = SETS, budget_ms: float = 25) -> float:
     """Median microseconds of `run(set)`, as CUDA graphs of one launch per set, replayed."""
+    if DEVICE.type == "cpu":
+        return elapsed_ms(lambda: [run(index) for index in range(sets)]) * 1000 / sets
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for index in range(sets):
@@ -119,14 +125,9 @@ def median_us(run: Callable[[int], object], *, sets: int = SETS, budget_ms: floa
         for index in range(sets):
             run(index)
     graph.replay()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget_ms:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(elapsed_ms(graph.replay))
         if len(times) >= 200:
             break
     return sorted(times)[len(times) // 2] * 1000 / sets
@@ -136,11 +137,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def gemm_rows(kinds: Sequence[str]) -> list[dict[str, object]]:
+def gemm_rows(kinds: Sequence[str], scale: str) -> list[dict[str, object]]:
+    config = SCALES[scale].transformer
+    dim, ffn = config.dim, config.ffn_dim
+    shapes = {
+        "to_qkv": (3 * dim, dim),
+        "to_out": (dim, dim),
+        "w13": (2 * ffn, dim),
+        "w2": (dim, ffn),
+    }
     results = []
     for kind in kinds:
-        for name, (columns, depth) in SHAPES.items():
-            for rows in ROWS:
+        for name, (columns, depth) in shapes.items():
+            for rows in ROWS[scale]:
                 results += gemm_shape(kind, name, rows, columns, depth)
     return results
 
@@ -211,7 +220,7 @@ def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
         key = tuple(row[part] for part in ("kind", "columns", "depth", "rows"))
         if "us" in row and (key not in best or row["us"] < best[key]["us"]):  # type: ignore[operator]
             best[key] = row
-    capability = list(torch.cuda.get_device_capability())
+    capability = list(torch.cuda.get_device_capability()) if DEVICE.type == "cuda" else None
     parts = ("kind", "rows", "columns", "depth", "implementation", "tile", "us")
     return [
         {"capability": capability, **{part: row[part] for part in parts}} for row in best.values()
@@ -253,23 +262,25 @@ SPECS: dict[str, QuantSpec | None] = {
 }
 
 
-def fused_rows() -> list[dict[str, object]]:
+def fused_rows(scale: str) -> list[dict[str, object]]:
     """Every fused kernel in every output format: time and achieved bandwidth."""
-    copy_gbs = copy_bandwidth()
+    config = SCALES[scale].transformer
+    dim, ffn, head_dim = config.dim, config.ffn_dim, config.head_dim
+    copy_gbs = copy_bandwidth(2**28 if scale == "full" else 2**16)
     results: list[dict[str, object]] = [{"kernel": "device copy", "gb_per_s": copy_gbs}]
     print(f"device copy {copy_gbs:.0f} GB/s")
-    for rows in ROWS:
-        x = [torch.randn(1, rows, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
-        h = [torch.randn(rows, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
-        w13 = [torch.randn(rows, 2 * FFN, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
-        qkv = [torch.randn(1, rows, 3 * DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-        vectors = torch.randn(1, 2, DIM, device="cuda")
+    for rows in ROWS[scale]:
+        x = [torch.randn(1, rows, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(SETS)]
+        h = [torch.randn(rows, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(SETS)]
+        w13 = [torch.randn(rows, 2 * ffn, device=DEVICE, dtype=torch.bfloat16) for _ in range(SETS)]
+        qkv = [torch.randn(1, rows, 3 * dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+        vectors = torch.randn(1, 2, dim, device=DEVICE)
         gate, vector = vectors[:, 0], vectors[:, 1]
-        weight = torch.ones(HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        weight = torch.ones(head_dim, device=DEVICE, dtype=torch.bfloat16)
         positions = torch.arange(rows)[:, None].expand(-1, 3)
-        table = rope_table(positions, (32, 48, 48), 256.0).cuda()
+        table = rope_table(positions, config.axes_dims, config.rope_theta).to(DEVICE)
         for name, spec in SPECS.items():
-            static = torch.tensor(0.01, device="cuda") if spec and spec.is_static else None
+            static = torch.tensor(0.01, device=DEVICE) if spec and spec.is_static else None
             out = Output(spec, static)
             out_bytes = 2 if spec is None else 1
             jobs: list[tuple[str, Callable[[int], object], Callable[[int], object], int]] = [
@@ -277,19 +288,19 @@ def fused_rows() -> list[dict[str, object]]:
                     "norm",
                     lambda i, out=out: norm_triton(x[i], vector, 1e-5, out),
                     lambda i, out=out: norm_reference(x[i], vector, 1e-5, out),
-                    rows * DIM * (2 + out_bytes),
+                    rows * dim * (2 + out_bytes),
                 ),
                 (
                     "residual_norm",
                     lambda i, out=out: residual_norm_triton(x[i], h[i], gate, vector, 1e-5, out),
                     lambda i, out=out: residual_norm_reference(x[i], h[i], gate, vector, 1e-5, out),
-                    rows * DIM * (6 + out_bytes),
+                    rows * dim * (6 + out_bytes),
                 ),
                 (
                     "gated",
                     lambda i, out=out: gated_triton(w13[i], out),
                     lambda i, out=out: gated_reference(w13[i], out),
-                    rows * FFN * (4 + out_bytes),
+                    rows * ffn * (4 + out_bytes),
                 ),
             ]
             if spec is not None:
@@ -298,7 +309,7 @@ def fused_rows() -> list[dict[str, object]]:
                         "encode",
                         lambda i, out=out: encode_triton(h[i], out),
                         lambda i, out=out: encode_reference(h[i].float(), out, torch.bfloat16),
-                        rows * DIM * 3,
+                        rows * dim * 3,
                     )
                 )
             for kernel, run, reference, num_bytes in jobs:
@@ -312,7 +323,7 @@ def fused_rows() -> list[dict[str, object]]:
                 rows,
                 lambda i: qk_norm_rope_triton(qkv[i], weight, weight, table, 1e-5),
                 lambda i: qk_norm_rope_reference(qkv[i], weight, weight, table, 1e-5),
-                rows * DIM * 8,
+                rows * dim * 8,
                 3,
                 copy_gbs,
             )
@@ -367,9 +378,9 @@ def _values(result: object) -> Tensor:
     return result.float().clone()
 
 
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second of a large device copy, in GB/s."""
-    source = torch.randn(2**28, device="cuda")
+def copy_bandwidth(count: int) -> float:
+    """Bytes read plus bytes written per second of a copy of `count` floats, in GB/s."""
+    source = torch.randn(count, device=DEVICE)
     target = torch.empty_like(source)
     us = median_us(lambda _: target.copy_(source), sets=1)
     return 2 * source.nbytes / us / 1e3
@@ -402,6 +413,7 @@ def main() -> None:
     parser.add_argument("--ceilings", type=Path, help="write what a profile compares with there")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--no-fused", action="store_true")
+    parser.add_argument("--scale", choices=ROWS, default="full", help="tiny: a dry run")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.ceilings and (arguments.no_fused or set(arguments.kinds) != set(KINDS)):
@@ -410,15 +422,20 @@ def main() -> None:
         index, _, count = arguments.compile.partition("/")
         compile_share(int(index), int(count))
         return
-    compile_ahead(min(12, os.cpu_count() or 1))
+    if arguments.scale == "full" and DEVICE.type == "cpu":
+        parser.error("full size needs a GPU; --scale tiny proves the script without one")
+    if arguments.kinds and DEVICE.type == "cuda":
+        compile_ahead(min(12, os.cpu_count() or 1))
     record: Envelope = envelope()
-    record["gemm"] = gemm_rows(arguments.kinds)
+    record["gemm"] = gemm_rows(arguments.kinds, arguments.scale)
+    if arguments.out:  # what is measured survives an early end
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     choices = best_choices(record["gemm"])  # type: ignore[arg-type]
     for choice in choices:
         print(choice["kind"], choice["rows"], choice["columns"], choice["implementation"],
               _tile_text(Tile(**choice["tile"]) if choice["tile"] else None))  # type: ignore[arg-type]  # fmt: skip
     if not arguments.no_fused:
-        record["fused"] = fused_rows()
+        record["fused"] = fused_rows(arguments.scale)
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.choices:

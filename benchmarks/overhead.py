@@ -1,6 +1,7 @@
 """What the server itself costs: everything but the model, for one picture of 1024x512.
 
     python benchmarks/overhead.py --out benchmarks/results/server-overhead.json
+    python benchmarks/overhead.py --noise    a picture of 1.6 MB, as random weights draw them
 
 A server in a process of its own, around an engine that returns a finished picture at once; a client
 that reads bytes from a socket and parses nothing, one request after the other on one connection.
@@ -36,15 +37,18 @@ GOAL_MS = 3.0
 FORMS = {"json": "application/json", "raw": "image/png"}
 
 
-def picture() -> np.ndarray:
-    """Smooth shapes under a little noise: deflates about as photographs do, to 850 kB."""
+def picture(is_noise: bool = False) -> np.ndarray:
+    """Smooth shapes under a little noise: deflates about as photographs do, to 850 kB. Or noise
+    alone, which is stored as it is: 1.6 MB."""
+    if is_noise:
+        return np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH] / 64
     waves = [np.sin(rows * a + columns * b) for a, b in ((1, 0.3), (0.4, 1), (0.7, -0.6))]
     noise = np.random.default_rng(1).normal(0, 2, (HEIGHT, WIDTH, 3))
     return (128 + 90 * np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8)
 
 
-def serve() -> None:
+def serve(is_noise: bool) -> None:
     """The server's process: prints its port, then answers until it is killed."""
     import torch
     import uvicorn
@@ -55,7 +59,7 @@ def serve() -> None:
     from zimage_fp8.serve import build_app
     from zimage_fp8.serve.server import bind
 
-    pixels, nothing = picture(), torch.zeros(1)
+    pixels, nothing = picture(is_noise), torch.zeros(1)
 
     class Null:
         model, policy, default_size = "null", "bf16_base", (WIDTH, HEIGHT)
@@ -113,9 +117,9 @@ def exchange(connection: socket.socket, request: bytes) -> tuple[float, bytes, m
     return took_s, head, memoryview(buffer)[split + 4 : end]
 
 
-def encoding_cpu_ms(accept: str) -> float:
+def encoding_cpu_ms(accept: str, is_noise: bool) -> float:
     """Processor time of the PNG, and of its base64 where there is one: the median of 30."""
-    pixels = picture()
+    pixels = picture(is_noise)
     spent = []
     for _ in range(30):
         started = time.thread_time()
@@ -126,7 +130,9 @@ def encoding_cpu_ms(accept: str) -> float:
     return statistics.median(spent)
 
 
-def measure(server: psutil.Process, port: int, accept: str, runs: int) -> dict[str, float]:
+def measure(
+    server: psutil.Process, port: int, accept: str, runs: int, is_noise: bool
+) -> dict[str, float]:
     """Medians in milliseconds; `server_ms` is what is left of the latency."""
     body = json.dumps({"prompt": "a red apple", "seed": 1, "size": f"{WIDTH}x{HEIGHT}"}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nContent-Length: {len(body)}\r\n"
@@ -154,7 +160,7 @@ def measure(server: psutil.Process, port: int, accept: str, runs: int) -> dict[s
     names = ("latency_ms", "png_ms", "base64_ms", "server_ms")
     columns = zip(names, zip(*rows, strict=True), strict=True)
     medians = {name: round(statistics.median(column), 3) for name, column in columns}
-    server_cpu_ms = round(cpu_ms - encoding_cpu_ms(accept), 3)
+    server_cpu_ms = round(cpu_ms - encoding_cpu_ms(accept, is_noise), 3)
     return {**medians, "server_cpu_ms": server_cpu_ms, "answer_bytes": len(content)}
 
 
@@ -167,12 +173,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    parser.add_argument("--noise", action="store_true", help="a picture of noise, 1.6 MB")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve()
+        serve(arguments.noise)
         return 0
-    command = [sys.executable, __file__, "--serve"]
+    noise = ["--noise"] if arguments.noise else []
+    command = [sys.executable, __file__, "--serve", *noise]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
         try:
             assert server.stdout
@@ -180,14 +188,14 @@ def main() -> int:
             wait_for(port)
             process = psutil.Process(server.pid)
             found = {
-                form: measure(process, port, accept, arguments.runs)
+                form: measure(process, port, accept, arguments.runs, arguments.noise)
                 for form, accept in FORMS.items()
             }
         finally:
             server.kill()
     result = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/overhead.py --runs {arguments.runs}",
+        "command": " ".join([f"python benchmarks/overhead.py --runs {arguments.runs}", *noise]),
         "size": f"{WIDTH}x{HEIGHT}",
         "runs": arguments.runs,
         "goal_ms": GOAL_MS,

@@ -8,11 +8,13 @@
 Every variant is NAME=MODEL,OPTION,...: a server of its own, asked one request at a time with steps
 and guidance sent explicitly and a new prompt of about 64 tokens each time, so that nothing is
 remembered. The client runs on the same machine and receives base64 PNG. Memory is the process's own
-by NVML where the driver tells, else the device's use less what was used before.
+by NVML where the driver tells, else the device's use less what was used before; without a GPU it is
+the server's resident memory, which the record says.
 """
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import random
@@ -24,14 +26,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu import envelope
+import psutil
 
-SIZES = ("1024x512", "1024x1024")
-NEW_SIZE = "768x1280"  # first picture of a size that nothing was captured for
+from gpu import DEVICE, RANDOM_WEIGHTS, envelope, write_rows
+
+# The last one's first picture: a size that nothing was captured for.
+SIZES = ("1024x512", "1024x1024", "768x1280")
 WORDS = (
     "old harbour morning light fishing boats red roof wet stone quiet street copper kettle window "
     "garden snow lantern silver river bridge market orange fabric glass bottle mountain shadow"
@@ -39,16 +44,20 @@ WORDS = (
 
 
 class Memory:
-    """The largest use seen by NVML while it samples."""
+    """The largest use seen while it samples, by NVML where there is a GPU."""
 
     def __init__(self, pid: int) -> None:
-        import pynvml
+        self.process = psutil.Process(pid)
+        self.nvml: Any = None
+        self.source = "resident memory of the process: no GPU"
+        if DEVICE.type == "cuda":
+            import pynvml
 
-        pynvml.nvmlInit()
-        self.nvml, self.pid = pynvml, pid
-        self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        self.before = int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
-        self.source = "device, less what was used before"
+            pynvml.nvmlInit()
+            self.nvml = pynvml
+            self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            self.before = int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+            self.source = "device, less what was used before"
         self.peak = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -56,11 +65,14 @@ class Memory:
 
     def _sample(self) -> None:
         while not self._done.wait(0.02):
-            self.peak = max(self.peak, self._used())
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.peak = max(self.peak, self._used())
 
     def _used(self) -> int:
+        if self.nvml is None:
+            return int(self.process.memory_info().rss)
         for process in self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle):
-            if process.pid == self.pid and process.usedGpuMemory:
+            if process.pid == self.process.pid and process.usedGpuMemory:
                 self.source = "process"
                 return int(process.usedGpuMemory)
         return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used) - self.before
@@ -110,7 +122,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure(name: str, model: str, options: list[str], count: int, log: Path) -> dict[str, Any]:
+def measure(
+    name: str, model: str, options: list[str], count: int, log: Path, sizes: Sequence[str]
+) -> dict[str, Any]:
+    """A server's numbers at all sizes but the last, of which only the first picture is timed."""
     port, rng = free_port(), random.Random(name)
     command = [
         *(sys.executable, "-m", "zimage_fp8", "serve", model, "--port", str(port)),
@@ -124,7 +139,7 @@ def measure(name: str, model: str, options: list[str], count: int, log: Path) ->
         wait_until_up(server, port, log)
         healthy_s = time.perf_counter() - started
         load_peak = memory.take_peak()
-        first_s, answer = ask(port, SIZES[0], rng)
+        first_s, answer = ask(port, sizes[0], rng)
         row: dict[str, Any] = {
             "variant": name,
             "options": options,
@@ -134,7 +149,7 @@ def measure(name: str, model: str, options: list[str], count: int, log: Path) ->
             "load_peak_bytes": load_peak,
             "sizes": {},
         }
-        for size in SIZES:
+        for size in sizes[:-1]:
             ask(port, size, rng)
             ask(port, size, rng)
             memory.take_peak()
@@ -151,7 +166,7 @@ def measure(name: str, model: str, options: list[str], count: int, log: Path) ->
                 "png_bytes": len(base64.b64decode(asked[-1][1]["data"][0]["b64_json"])),
                 "peak_bytes": memory.take_peak(),
             }
-        new_size_s, answer = ask(port, NEW_SIZE, rng)
+        new_size_s, answer = ask(port, sizes[-1], rng)
         row["new_size_first_picture_s"] = new_size_s
         row["memory_source"] = memory.source
         row["answer"] = {key: value for key, value in answer.items() if key != "data"}
@@ -192,36 +207,45 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", metavar="NAME=MODEL[,OPTION...]")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=20, help="timed requests per size")
+    parser.add_argument(
+        "--sizes", nargs="+", default=SIZES, help="the last one is asked once: a new size"
+    )
     arguments = parser.parse_args()
-    rows = []
-    for variant in arguments.variants:
+    facts = envelope() | {"weights": RANDOM_WEIGHTS}
+    rows = measured(arguments.variants, arguments.count, arguments.out, arguments.sizes)
+    write_rows(arguments.out, facts, "requests", rows)
+
+
+def measured(
+    variants: Sequence[str], count: int, out: Path, sizes: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One row per variant; one that fails is named and left out."""
+    for variant in variants:
         name, _, rest = variant.partition("=")
         model, *options = rest.split(",")
-        log = arguments.out.with_suffix(f".{name}.log")
         try:
-            row = measure(name, model, options, arguments.count, log)
+            row = measure(name, model, options, count, out.with_suffix(f".{name}.log"), sizes)
         except (SystemExit, OSError, ValueError, KeyError) as error:
             print(f"{name}: {error}", flush=True)
             continue
-        rows.append(row)
-        for size, found in row["sizes"].items():
-            stages = " ".join(f"{stage} {ms:.1f}" for stage, ms in found["stages_ms"].items())
-            print(
-                f"{name:22} {size:10} p50 {found['p50_ms']:7.1f} ms ({stages}) "
-                f"peak {found['peak_bytes'] / 2**30:.2f} GiB",
-                flush=True,
-            )
+        show(row)
+        yield row
+
+
+def show(row: dict[str, Any]) -> None:
+    for size, found in row["sizes"].items():
+        stages = " ".join(f"{stage} {ms:.1f}" for stage, ms in found["stages_ms"].items())
         print(
-            f"{name:22} first picture {row['start_to_first_picture_s']:.1f} s after start "
-            f"(up after {row['healthy_s']:.1f}), new size {row['new_size_first_picture_s']:.2f} s, "
-            f"load peak {row['load_peak_bytes'] / 2**30:.2f} GiB ({row['memory_source']})",
+            f"{row['variant']:22} {size:10} p50 {found['p50_ms']:7.1f} ms ({stages}) "
+            f"peak {found['peak_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )
-    facts = envelope() | {
-        "weights": "random: speed and memory are real, pictures are meaningless",
-        "requests": rows,
-    }
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+    print(
+        f"{row['variant']:22} first picture {row['start_to_first_picture_s']:.1f} s after start "
+        f"(up after {row['healthy_s']:.1f}), new size {row['new_size_first_picture_s']:.2f} s, "
+        f"load peak {row['load_peak_bytes'] / 2**30:.2f} GiB ({row['memory_source']})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
