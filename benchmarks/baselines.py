@@ -48,7 +48,7 @@ def baselines(
     folder: Path, modes: list[str], scale: str, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """One row per mode and size."""
-    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     forwards = Forwards(pipe.transformer)
     for mode in modes:

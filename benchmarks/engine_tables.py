@@ -84,7 +84,8 @@ def loops_table(results: Path) -> str:
 
 
 def kernels_table(results: Path) -> str:
-    """The best product of every shape and format, and every fused kernel."""
+    """The best product of every shape and format, and every fused kernel, of a file of its own
+    where those were measured without the products."""
     found = _read(results / "kernels.json")
     if found is None:
         return NOT_YET
@@ -108,7 +109,11 @@ def kernels_table(results: Path) -> str:
     table += "\n\nOne kernel at a time, in short bursts: under load the clock is lower."
     if "fused" in found:
         table += f"\n\n{_fused_table(found['fused'])}"
-    return _with_facts(found, table, "Single kernels on random data", random=False)
+    text = _with_facts(found, table, "Single kernels on random data", random=False)
+    if "fused" not in found and (apart := _read(results / "kernels-fused.json")):
+        table = _fused_table(apart["fused"])
+        text += "\n\n" + _with_facts(apart, table, "Fused kernels on random data", random=False)
+    return text
 
 
 def _fused_table(rows: list[dict[str, Any]]) -> str:
@@ -149,6 +154,29 @@ def request_table(results: Path) -> str:
     head = ["variant", "size", "p50, ms", "p90, ms", "stages, ms", "peak, GiB"]
     head += ["start to first picture, s", "first of a new size, s"]
     return _with_facts(found, markdown_table(head, body), "Requests over HTTP, base64 PNG")
+
+
+def baselines_table(results: Path) -> str:
+    """diffusers' pipeline on the same kind of machine, eager and compiled."""
+    records = [_read(results / name) for name in ("baselines.json", "baselines-compiled.json")]
+    found = [record for record in records if record is not None]
+    if not found:
+        return NOT_YET
+    body = [
+        [
+            row["what"],
+            row["size"].replace("x", "×"),
+            *(f"{row[part]['ms']:.0f}" for part in ("loop", "encode", "decode", "call")),
+            f"{row['nfe']}",
+            f"{row['first_loop_ms'] / 1000:.1f}",
+            f"{row['loop']['sm_clock_mhz']:.0f}",
+        ]
+        for record in found
+        for row in record["baselines"]
+    ]
+    head = ["", "size", "denoise loop, ms", "encode, ms", "decode, ms", "prompt to picture, ms"]
+    head += ["forwards", "first loop, s", "SM clock, MHz"]
+    return _with_facts(found[0], markdown_table(head, body), "diffusers' ZImagePipeline, batch 1")
 
 
 # What the engine set out for, on an H100 80GB: milliseconds or GiB at 1024x512 and 1024x1024.

@@ -306,6 +306,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-evaluation": evaluation_table,
     "engine-block": engine_tables.block_table,
     "engine-kernels": engine_tables.kernels_table,
+    "engine-baselines": engine_tables.baselines_table,
     "engine-ladder": engine_ladder,
     "engine-targets": engine_tables.targets_table,
     "engine-loops": engine_tables.loops_table,

@@ -186,7 +186,7 @@ def test_drawing_on_the_engine_imports_no_models_but_ours(tiny_model: Path) -> N
 import sys
 from zimage_fp8.engine import EngineOptions, load_pipeline
 from zimage_fp8.generate import generate
-from zimage_fp8.model.pipeline import ImageRequest
+from zimage_fp8.model.request import ImageRequest
 pipeline = load_pipeline({str(tiny_model)!r}, options=EngineOptions("fused"), device="cpu")
 pipeline.generate(ImageRequest("a red apple", width=64, height=64, steps=1))
 crept_in = sorted({{*{HEAVY}}} & set(sys.modules))

@@ -48,6 +48,7 @@ TABLES = (
     (engine_tables.loops_table, "engine.json"),
     (engine_tables.kernels_table, "kernels.json"),
     (engine_tables.request_table, "gpu-request.json"),
+    (engine_tables.baselines_table, "baselines.json"),
 )
 
 
@@ -97,6 +98,24 @@ def test_requests_show_stages_memory_and_start(tmp_path: Path) -> None:
     row = "| `full` | 1024×512 | 228 | 240 | encode 5, denoise 200 | 13.00 | 17.2 | 0.50 |"
     assert row in text
     assert "**NVIDIA H200**; weights random" in text
+
+
+def test_fused_kernels_of_a_file_of_their_own_are_shown_too(tmp_path: Path) -> None:
+    write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0, "tflops": 1661.0}])
+    speed = {"us": 10.0, "gb_per_s": 1300.0, "share_of_copy": 0.5, "reference_us": 80.0}
+    fused = [{"kernel": "device copy", "gb_per_s": 2600.0}, FUSED | speed]
+    text = engine_tables.kernels_table(write(tmp_path, "kernels-fused.json", gemm=[], fused=fused))
+    assert "| `w2` | e4m3-scalar | 2,112 | cublas | 100 | 1,661 |" in text
+    assert "| `norm` | bf16 | 2,112 | 10 | 1,300 | 50% | 80 |" in text
+
+
+def test_baselines_show_every_part_and_count_forwards(tmp_path: Path) -> None:
+    parts = {part: {"ms": 100.0} for part in ("encode", "decode", "call")}
+    row = {"what": "diffusers, BF16, eager", "size": "1024x512", "nfe": 8, "first_loop_ms": 14750}
+    row |= parts | {"loop": {"ms": 638.6, "sm_clock_mhz": 1500.0}}
+    text = engine_tables.baselines_table(write(tmp_path, "baselines.json", baselines=[row]))
+    shown = "| diffusers, BF16, eager | 1024×512 | 639 | 100 | 100 | 100 | 8 | 14.8 | 1500 |"
+    assert shown in text
 
 
 def test_a_blocks_arithmetic_is_that_of_the_layout(tmp_path: Path) -> None:
