@@ -6,16 +6,17 @@ one's `interrupt` stops another's picture; here each client sees and stops only 
 """
 
 import asyncio
-import base64
 import json
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from pybase64 import b64encode_as_string
 from pydantic import JsonValue
 from starlette.exceptions import HTTPException
 
@@ -92,8 +93,9 @@ class Host(Protocol):
         first: ImageRequest,
         name: str,
         output_format: str,
+        answer: Callable[[Reply, Sequence[Drawn]], Response],
         on_jobs: Callable[[Sequence[Job]], None],
-    ) -> tuple[Reply, list[Drawn]]: ...
+    ) -> Response: ...
 
 
 def add_a1111(app: FastAPI, host: Host) -> None:
@@ -186,12 +188,17 @@ class _Shim:
         task = _Task(client)
         self._tasks.append(task)
         try:
-            reply, drawn = await host.draw(
-                request, order.wanted, first, name, order.wanted.output_format, task.watch
+            return await host.draw(
+                request,
+                order.wanted,
+                first,
+                name,
+                order.wanted.output_format,
+                partial(_answer, order, name),
+                task.watch,
             )
         finally:
             self._tasks.remove(task)
-        return await asyncio.to_thread(_answer, order, name, reply, drawn)
 
     async def models(self, request: Request) -> object:
         return [
@@ -284,8 +291,8 @@ class _Shim:
 
 
 def _answer(order: Order, name: str, reply: Reply, drawn: Sequence[Drawn]) -> Response:
-    """Off the event loop: base64 and JSON of megabytes."""
-    images = [base64.b64encode(one.file).decode() for one in drawn] if order.send_images else []
+    """Off the event loop: JSON of megabytes."""
+    images = [b64encode_as_string(one.file) for one in drawn] if order.send_images else []
     info = json.dumps(_info(order, name, reply, drawn), ensure_ascii=False)
     said = {"images": images, "parameters": order.parameters, "info": info}
     return JSONResponse(said)

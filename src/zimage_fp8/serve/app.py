@@ -196,12 +196,15 @@ class Service:
             pictures = PictureStream(in_seeds(first, wanted.n), engine, wanted.partial_images)
             self._submit(pictures.jobs, name, self.client_of(request))
             return EventStream(pictures, self._reply(wanted, wanted.output_format, name))
-        reply, files = await self.draw(request, wanted, first, name, raw or wanted.output_format)
-        if raw:
-            return reply.as_file(files[0])
-        if wanted.response_format == "url":
-            return self._as_urls(request, reply, files)
-        return await asyncio.to_thread(reply.as_json, files)  # base64 of megabytes
+
+        def answer(reply: Reply, files: Sequence[Drawn]) -> Response:
+            if raw:
+                return reply.as_file(files[0])
+            if wanted.response_format == "url":
+                return self._as_urls(request, reply, files)
+            return reply.as_json(files)
+
+        return await self.draw(request, wanted, first, name, raw or wanted.output_format, answer)
 
     async def draw(
         self,
@@ -210,15 +213,17 @@ class Service:
         first: ImageRequest,
         name: str,
         output_format: str,
+        answer: Callable[[Reply, Sequence[Drawn]], Response],
         on_jobs: Callable[[Sequence[Job]], None] = lambda jobs: None,
-    ) -> tuple[Reply, list[Drawn]]:
-        """`wanted.n` pictures as files. `on_jobs` is told of the jobs before they are queued."""
+    ) -> Response:
+        """What `answer` makes of `wanted.n` pictures as files, off the event loop like the files
+        themselves. `on_jobs` is told of the jobs before they are queued."""
         reply = self._reply(wanted, output_format, name)
         jobs = [Job(each, self.catalog.engines[name]) for each in in_seeds(first, wanted.n)]
         on_jobs(jobs)
         self._submit(jobs, name, self.client_of(request), patience_s(request))
         images = await drawn(request, jobs)
-        return reply, await asyncio.to_thread(lambda: list(map(reply.encode, jobs, images)))
+        return await asyncio.to_thread(lambda: answer(reply, list(map(reply.encode, jobs, images))))
 
     @property
     def max_upload_bytes(self) -> int:

@@ -1,6 +1,5 @@
 """What a request gets back: pictures as files, and everything there is to say about them."""
 
-import base64
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from fastapi import Response
+from pybase64 import b64encode
 from pydantic import JsonValue
 
 from zimage_fp8.errors import UsageError
@@ -89,7 +89,7 @@ class Reply:
         data: list[bytes] = []
         for one in drawn:
             opening = b'%s{"seed":%d,"b64_json":"' % (b"," if data else b"", one.image.request.seed)
-            data += (opening, base64.b64encode(one.file), b'"}')
+            data += (opening, b64encode(one.file), b'"}')
         return self._json(drawn, data)
 
     def as_urls(self, drawn: Sequence[Drawn], urls: Sequence[str], expires_at: int) -> Response:
@@ -244,4 +244,4 @@ def _event(event: StreamEvent, file: bytes) -> bytes:
     """One server-sent event; its picture is spliced in as bytes, as in the JSON answer."""
     rest = event.model_dump_json(exclude_none=True).encode()
     opening = b'event: %s\ndata: {"b64_json":"' % event.type.encode()
-    return b"".join((opening, base64.b64encode(file), b'",', rest[1:], b"\n\n"))
+    return b"".join((opening, b64encode(file), b'",', rest[1:], b"\n\n"))
