@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import Response
 from pybase64 import b64encode
 from pydantic import JsonValue
+from starlette.types import Receive, Scope, Send
 
 from zimage_fp8.errors import UsageError
 from zimage_fp8.model.request import GeneratedImage
@@ -137,16 +138,13 @@ class Reply:
         return _event(event, drawn.file)
 
     def _json(self, drawn: Sequence[Drawn], data: Sequence[bytes]) -> Response:
-        """The envelope's JSON with the pictures spliced in as bytes, which are joined once.
+        """The envelope's JSON with the pictures spliced in as bytes.
 
         Base64 needs no escaping, and `json.dumps` of a 2 MB string takes 11 ms for nothing.
         """
         rest = self._envelope(drawn).model_dump_json(exclude={"data"}).encode()
-        return Response(
-            b"".join((b'{"data":[', *data, b"],", rest[1:])),
-            headers=self._headers(drawn),
-            media_type="application/json",
-        )
+        parts = (b'{"data":[', *data, b"],", rest[1:])
+        return Spliced(parts, self._headers(drawn), "application/json")
 
     def _headers(self, drawn: Sequence[Drawn]) -> dict[str, str]:
         """Seeds and timings again, for those who read raw responses."""
@@ -186,6 +184,23 @@ class Reply:
                 server=self.server,
             ),
         )
+
+
+class Spliced(Response):
+    """A body in parts that are never joined: a second megabyte, fresh from the system, takes 0.6 ms
+    to fill for 0.05 ms of copying."""
+
+    def __init__(self, parts: Sequence[bytes], headers: Mapping[str, str], media_type: str) -> None:
+        length = {"content-length": str(sum(map(len, parts)))}
+        super().__init__(None, headers={**headers, **length}, media_type=media_type)
+        self.parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        for part in self.parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def raw_format(accept: str, wanted: ImagesRequest) -> str | None:
