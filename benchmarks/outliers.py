@@ -1,20 +1,20 @@
-"""Every way to 8 bits on nano with channel outliers planted: paired PSNR against the same weights.
+"""Every way to 8 bits on nano with outliers planted: paired PSNR against the same weights.
 
     python benchmarks/outliers.py --prompts 200
 
-Pictures are drawn in FP32 but for the quantized layers: BF16's own rounding would hide INT8's
-error. The reference of every ratio is one and the same, because planting changes no bit of any
-latent; that is checked first. Results are written after every variant and extended by a later run
-with more prompts. The 200 prompts are scenes that nano was not trained on, a third of them long.
+Channels or tokens are made loud without changing what the model computes: the latents of the first
+prompts are compared bit for bit before anything is measured. Pictures are drawn in FP32 but for the
+quantized layers: BF16's own rounding would hide INT8's error. The prompts are scenes that nano was
+not trained on, a third of them long.
 """
 
 import argparse
-import json
-import math
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,72 +22,76 @@ import torch
 from PIL import Image
 from torch import nn
 
+import paired
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.evaluate import (
-    Difference,
-    Drawn,
     Workload,
-    difference,
     draw,
     exchanged,
     fitting_modules,
     load_requests,
     quantized_modules,
-    summarize,
 )
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import Pipeline
+from zimage_fp8.model.pipeline import ImageRequest, Pipeline
 from zimage_fp8.model.source import find_model
 from zimage_fp8.model.weights import load_transformer
-from zimage_fp8.outliers import RATIOS, plant_outliers, write_folded
-from zimage_fp8.provenance import commit, machine, versions
+from zimage_fp8.outliers import (
+    CHANNELS,
+    RATIOS,
+    channel_factors,
+    loud_tokens,
+    multiplied,
+    plant_outliers,
+    power_of_two,
+    write_folded,
+)
+from zimage_fp8.quant import fold
 from zimage_fp8.quant.calibrate import Calibration
-from zimage_fp8.quant.fold import channel_factors
 from zimage_fp8.quant.policy import ALWAYS_KEPT, INT8_ROW, Policy, Rule, find_policy
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "nano-outliers.json"
-PROMPTS = HERE / "nano-prompts.txt"
+RESULT = paired.HERE / "results" / "nano-outliers.json"
 PROVEN_ON = 2  # latents compared bit for bit at every ratio
 
 SHOWN = ("full", "fp8-row", "online_int8-rot", "int8-rot")  # in the strip of pictures
 STRIP_RATIO, STRIP_PROMPT, GAP = 1e3, 2, 6
 
 BLOCKS = "*.attention.*", "*.feed_forward.*"
+ON_TOKENS = ("full", "full-folded", "fp8-row", "int8-row", "online_int8-rot", "int8-rot")
 
 
 @dataclass(frozen=True)
-class Variant:
+class Form:
     """A policy; `is_folded`: on weights whose channel scales were folded first (`quant.fold`)."""
 
     policy: Policy
     is_folded: bool = False
 
 
-def variants() -> dict[str, Variant]:
+def forms() -> dict[str, Form]:
     """By name, from the plain to the last; INT8 without rotation is no preset."""
     rules = (Rule(pattern, INT8_ROW, "INT8 without rotation") for pattern in BLOCKS)
     rest = Rule("*", None, "not in a block")
     plain = Policy("int8-row", "INT8 without rotation.", (*ALWAYS_KEPT, *rules, rest))
     full = find_policy("full")
     return {
-        "full": Variant(full),
-        "full[!context_refiner]": Variant(find_policy("full[!context_refiner]")),
-        "fp8-row": Variant(find_policy("fp8-row")),
-        "int8-row": Variant(plain),
-        "online_int8-rot": Variant(find_policy("online_int8-rot")),
-        "full-folded": Variant(full, is_folded=True),
-        "int8-row-folded": Variant(plain, is_folded=True),
-        "int8-rot": Variant(find_policy("int8-rot")),
+        "full": Form(full),
+        "full[!context_refiner]": Form(find_policy("full[!context_refiner]")),
+        "fp8-row": Form(find_policy("fp8-row")),
+        "int8-row": Form(plain),
+        "online_int8-rot": Form(find_policy("online_int8-rot")),
+        "full-folded": Form(full, is_folded=True),
+        "int8-row-folded": Form(plain, is_folded=True),
+        "int8-rot": Form(find_policy("int8-rot")),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
-    parser.add_argument("--variants", nargs="*", default=list(variants()))
+    parser.add_argument("--few", type=int, default=24, help="prompts of what collapses anyway")
+    parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--strip", type=Path, help="only draw one prompt in some formats, as PNG")
     given = parser.parse_args()
@@ -96,56 +100,121 @@ def main() -> int:
     if given.strip:
         draw_strip(source, given.strip)
         return 0
-    requests = load_requests(source, Workload(PROMPTS, given.prompts))
-    reference_pipeline = load_pipeline("nano", dtype="float32")
-    references: list[Drawn] = []
-
-    def reference(index: int) -> Drawn:
-        while len(references) <= index:
-            references.append(draw(reference_pipeline, requests[len(references)]))
-        return references[index]
-
-    found = read(given.out)
-    for ratio, folder in planted(source, given.ratios):
-        cells = found["ratios"].setdefault(f"{ratio:g}", {})
-        pipeline = load_pipeline(str(folder), dtype="float32")
-        for index in range(min(PROVEN_ON, len(requests))):
-            latent = draw(pipeline, requests[index]).latent
-            assert torch.equal(latent, reference(index).latent), f"ratio {ratio}: another latent"
-        calibration = calibrate(pipeline, folder)
-        for name in given.variants:
-            known = [Difference(**it) for it in cells.get(name, {}).get("pictures", [])]
-            if len(known) >= len(requests):
-                continue
-            layers = layers_of(variants()[name], folder, pipeline, calibration)
-            with exchanged(pipeline.transformer, layers):
-                for index in range(len(known), len(requests)):
-                    drawn = draw(pipeline, requests[index])
-                    known.append(difference(drawn, reference(index)))
-                    cells[name] = as_json(known)
-                    write(found, given.out)
-            quality = summarize(known)
-            print(f"{ratio:>8g} {name:<10} {quality.mean:6.2f} ± {quality.ci95:.2f} dB", flush=True)
+    requests = load_requests(source, Workload(paired.PROMPTS, given.prompts))
+    found = paired.begin(
+        given.out,
+        reference_latents_equal=PROVEN_ON,
+        compiled=given.compile,
+        command=shlex.join(["python", "benchmarks/outliers.py", *sys.argv[1:]]),
+        ratios={},
+        tokens={},
+    )
+    pipeline = load_pipeline("nano", dtype="float32")
+    calibration = calibrate(pipeline, source)
+    variants = on_channels(source, pipeline, calibration, requests, found["ratios"], given.few)
+    variants |= on_tokens(source, pipeline, calibration, requests, found["tokens"], given.few)
+    if given.compile:
+        paired.compile_blocks()
+    paired.measure(variants, pipeline, requests, found, lambda: paired.write(found, given.out))
     return 0
 
 
+Variants = dict[tuple[str, str], tuple[paired.Cells, paired.Variant]]
+
+
+def on_channels(
+    source: Path,
+    pipeline: Pipeline,
+    calibration: Calibration,
+    requests: list[ImageRequest],
+    cells: dict[str, paired.Cells],
+    few: int,
+) -> Variants:
+    """Every form at every ratio, on the model with that ratio planted."""
+    found = {}
+    for ratio, folder in planted(source, RATIOS):
+        loud = load_pipeline(str(folder), dtype="float32", share=pipeline)
+        prove(pipeline, loud, requests)
+        factors = channel_factors(pipeline.transformer.config, ratio, CHANNELS, 0)
+        known = multiplied(calibration, factors)  # powers of two: nothing to measure anew
+        of_ratio = cells.setdefault(f"{ratio:g}", {})
+        for name, form in forms().items():
+            layers = layers_of(form, folder, loud, known)
+            limit = None if is_promised(ratio, name) else few
+            found["channels", ratio, name] = (
+                of_ratio,
+                name,
+                paired.Variant(loud, layers, limit=limit),
+            )
+    return found
+
+
+def on_tokens(
+    source: Path,
+    pipeline: Pipeline,
+    calibration: Calibration,
+    requests: list[ImageRequest],
+    cells: dict[str, paired.Cells],
+    few: int,
+) -> Variants:
+    """The forms that differ there, with loud tokens around every layer of nano as it is."""
+    found, modules = {}, list(calibration.channel_amax)
+    for ratio in RATIOS[1:]:
+        around = louder(ratio, modules)
+        with around(pipeline.transformer):
+            known = calibrate(pipeline, source)
+        prove(pipeline, pipeline, requests, around)
+        of_ratio = cells.setdefault(f"{power_of_two(ratio):g}", {})
+        for name in ON_TOKENS:
+            layers = layers_of(forms()[name], source, pipeline, known)
+            variant = paired.Variant(pipeline, layers, around, limit=few, is_eager=True)
+            found["tokens", ratio, name] = (of_ratio, name, variant)
+    return found
+
+
+def is_promised(ratio: float, name: str) -> bool:
+    """What outliers must not hurt, and what it is compared with."""
+    return name in ("full-folded", "int8-rot") or (ratio == 1 and name in ("full", "fp8-row"))
+
+
+Around = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def louder(ratio: float, modules: Sequence[str]) -> Around:
+    return lambda transformer: loud_tokens(transformer, modules, ratio)
+
+
+def prove(
+    pipeline: Pipeline,
+    loud: Pipeline,
+    requests: list[ImageRequest],
+    around: Around = lambda _: nullcontext(),
+) -> None:
+    """End the program unless both draw the same latents, bit for bit."""
+    for request in requests[:PROVEN_ON]:
+        expected = draw(pipeline, request).latent
+        with around(loud.transformer):
+            if not torch.equal(draw(loud, request).latent, expected):
+                sys.exit(f"{request.prompt!r}: outliers have changed the latent")
+
+
 def layers_of(
-    variant: Variant, folder: Path, pipeline: Pipeline, calibration: Calibration
-) -> dict[str, nn.Module]:
-    load = folded_modules if variant.is_folded else quantized_modules
-    return load(folder, variant.policy, pipeline, calibration)
+    form: Form, folder: Path, pipeline: Pipeline, calibration: Calibration
+) -> Mapping[str, nn.Module]:
+    load = folded_modules if form.is_folded else quantized_modules
+    return load(folder, form.policy, pipeline, calibration)
 
 
 def draw_strip(source: Path, file: Path) -> None:
     """One prompt without quantization and in every format of SHOWN, outliers planted."""
-    request = load_requests(source, Workload(PROMPTS, STRIP_PROMPT + 1))[STRIP_PROMPT]
+    request = load_requests(source, Workload(paired.PROMPTS, STRIP_PROMPT + 1))[STRIP_PROMPT]
     for _, folder in planted(source, [STRIP_RATIO]):
         pipeline = load_pipeline(str(folder), dtype="float32")
         calibration = calibrate(pipeline, folder)
         drawn = [draw(pipeline, request).pixels]
         for name in SHOWN:
             with exchanged(
-                pipeline.transformer, layers_of(variants()[name], folder, pipeline, calibration)
+                pipeline.transformer, layers_of(forms()[name], folder, pipeline, calibration)
             ):
                 drawn.append(draw(pipeline, request).pixels)
     gap = np.full((drawn[0].shape[0], GAP, 3), 255, np.uint8)
@@ -155,7 +224,7 @@ def draw_strip(source: Path, file: Path) -> None:
     print(f"{file}: BF16, {', '.join(SHOWN)}: {request.prompt}")
 
 
-def planted(source: Path, ratios: list[float]) -> Iterator[tuple[float, Path]]:
+def planted(source: Path, ratios: Sequence[float]) -> Iterator[tuple[float, Path]]:
     for ratio in ratios:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "nano"
@@ -165,17 +234,16 @@ def planted(source: Path, ratios: list[float]) -> Iterator[tuple[float, Path]]:
 def folded_modules(
     folder: Path, policy: Policy, pipeline: Pipeline, calibration: Calibration
 ) -> dict[str, nn.Module]:
-    """The layers of `policy` on the folded model, calibrated anew, fit for the model as it was."""
+    """The layers of `policy` on the folded model, fit for the model as it was."""
     names = list(calibration.channel_amax)
     with tempfile.TemporaryDirectory() as scratch, ShardReader(folder / "transformer") as reader:
-        factors = channel_factors(names, reader.read, calibration.channel_amax)
+        factors = fold.channel_factors(names, reader.read, calibration.channel_amax)
         balanced = Path(scratch) / "folded"
         write_folded(folder, balanced, factors)
-        again = calibrate(load_pipeline(str(balanced), dtype="float32"), balanced)
         loaded = load_transformer(
             balanced / "transformer",
             policy=policy,
-            calibration=again,
+            calibration=multiplied(calibration, factors),
             dtype=pipeline.dtype,
             device=pipeline.device,
         )
@@ -185,43 +253,6 @@ def folded_modules(
 def calibrate(pipeline: Pipeline, folder: Path) -> Calibration:
     settings = CalibrationSettings.default(folder, pipeline.default_size)
     return run_calibration(pipeline, folder, settings)
-
-
-def as_json(known: list[Difference]) -> dict[str, object]:
-    summary = {
-        k: None if math.isnan(v) else round(v, 4) for k, v in asdict(summarize(known)).items()
-    }
-    return {"summary": summary, "pictures": [asdict(it) for it in known]}
-
-
-def read(file: Path) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if file.exists():
-        found = json.loads(file.read_text())
-        if found["device"] != device:
-            sys.exit(f"{file} was measured on {found['device']}, this is {device}: remove it first")
-        return found
-    return {
-        "schema": 1,
-        "model": "nano",
-        "size": "256x256",
-        "steps": 8,
-        "dtype": "float32",
-        "device": device,
-        "prompts": PROMPTS.name,
-        "reference_latents_equal": PROVEN_ON,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "command": "python benchmarks/outliers.py",
-        "ratios": {},
-    }
-
-
-def write(found: dict, file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(file)
 
 
 if __name__ == "__main__":
