@@ -34,7 +34,7 @@ from zimage_fp8.evaluate import (
 )
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
-from zimage_fp8.model.pipeline import ImageRequest, Pipeline
+from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.source import find_model
 from zimage_fp8.model.weights import load_transformer
 from zimage_fp8.outliers import (
@@ -100,7 +100,6 @@ def main() -> int:
     if given.strip:
         draw_strip(source, given.strip)
         return 0
-    requests = load_requests(source, Workload(paired.PROMPTS, given.prompts))
     found = paired.begin(
         given.out,
         reference_latents_equal=PROVEN_ON,
@@ -111,11 +110,11 @@ def main() -> int:
     )
     pipeline = load_pipeline("nano", dtype="float32")
     calibration = calibrate(pipeline, source)
-    variants = on_channels(source, pipeline, calibration, requests, found["ratios"], given.few)
-    variants |= on_tokens(source, pipeline, calibration, requests, found["tokens"], given.few)
+    variants = on_channels(source, pipeline, calibration, found["ratios"], given.few)
+    variants |= on_tokens(source, pipeline, calibration, found["tokens"], given.few)
     if given.compile:
         paired.compile_blocks()
-    paired.measure(variants, pipeline, requests, found, lambda: paired.write(found, given.out))
+    paired.measure(variants, pipeline, given.prompts, found, lambda: paired.write(found, given.out))
     return 0
 
 
@@ -126,7 +125,6 @@ def on_channels(
     source: Path,
     pipeline: Pipeline,
     calibration: Calibration,
-    requests: list[ImageRequest],
     cells: dict[str, paired.Cells],
     few: int,
 ) -> Variants:
@@ -134,7 +132,7 @@ def on_channels(
     found = {}
     for ratio, folder in planted(source, RATIOS):
         loud = load_pipeline(str(folder), dtype="float32", share=pipeline)
-        prove(pipeline, loud, requests)
+        prove(pipeline, loud)
         factors = channel_factors(pipeline.transformer.config, ratio, CHANNELS, 0)
         known = multiplied(calibration, factors)  # powers of two: nothing to measure anew
         of_ratio = cells.setdefault(f"{ratio:g}", {})
@@ -153,7 +151,6 @@ def on_tokens(
     source: Path,
     pipeline: Pipeline,
     calibration: Calibration,
-    requests: list[ImageRequest],
     cells: dict[str, paired.Cells],
     few: int,
 ) -> Variants:
@@ -163,7 +160,7 @@ def on_tokens(
         around = louder(ratio, modules)
         with around(pipeline.transformer):
             known = calibrate(pipeline, source)
-        prove(pipeline, pipeline, requests, around)
+        prove(pipeline, pipeline, around)
         of_ratio = cells.setdefault(f"{power_of_two(ratio):g}", {})
         for name in ON_TOKENS:
             layers = layers_of(forms()[name], source, pipeline, known)
@@ -187,11 +184,10 @@ def louder(ratio: float, modules: Sequence[str]) -> Around:
 def prove(
     pipeline: Pipeline,
     loud: Pipeline,
-    requests: list[ImageRequest],
     around: Around = lambda _: nullcontext(),
 ) -> None:
     """End the program unless both draw the same latents, bit for bit."""
-    for request in requests[:PROVEN_ON]:
+    for request in paired.all_requests()[:PROVEN_ON]:
         expected = draw(pipeline, request).latent
         with around(loud.transformer):
             if not torch.equal(draw(loud, request).latent, expected):

@@ -16,9 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zimage_fp8.evaluate import Difference, Drawn, Wrap, difference, exchanged, summarize
+from zimage_fp8.evaluate import (
+    Difference,
+    Drawn,
+    Workload,
+    Wrap,
+    difference,
+    exchanged,
+    load_requests,
+    summarize,
+)
 from zimage_fp8.model.pipeline import ImageRequest, Pipeline
 from zimage_fp8.model.sampling import denoise, schedule, transformer_time
+from zimage_fp8.model.source import find_model
 from zimage_fp8.model.z_image import TOKEN_MULTIPLE, Block, pad_captions
 from zimage_fp8.provenance import commit, machine, versions
 
@@ -54,6 +64,11 @@ class Batch:
     captions: list[Tensor]
     noise: Tensor
     steps: int
+
+
+def all_requests() -> list[ImageRequest]:
+    """Of the whole file, whatever is drawn of it: so batches are always the same."""
+    return load_requests(find_model("nano"), Workload(PROMPTS))
 
 
 def batches(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> list[Batch]:
@@ -99,20 +114,22 @@ def draw_together(pipeline: Pipeline, batch: Batch, wrap: Wrap | None = None) ->
 def measure(
     variants: Mapping[str, tuple[Cells, Variant]],
     reference: Pipeline,
-    requests: Sequence[ImageRequest],
+    prompts: int,
     found: dict[str, object],
     write: Callable[[], None],
 ) -> None:
-    """Extend the cells of every variant to all prompts, or its limit; `found["order"]` keeps the
-    places of prompts in the order of the pictures."""
+    """Extend the cells of every variant to so many prompts, or its limit, rounded up to a batch;
+    `found["order"]` keeps the places of prompts in the order of the pictures."""
     order: list[int] = []
-    for batch in batches(reference, requests):
+    for batch in batches(reference, all_requests()):
         done = len(order)
+        if done >= prompts:
+            return
         order += batch.places
         references: list[Drawn] = []
         for name, (cells, variant) in variants.items():
             known = pictures_of(cells, name)
-            if len(known) > done or done >= (variant.limit or len(requests)):
+            if len(known) > done or done >= (variant.limit or prompts):
                 continue
             if not references:
                 references = draw_together(reference, batch)

@@ -1,6 +1,6 @@
 """Units: parts of the model that are quantized at once, and drawing pictures with one of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -110,19 +110,19 @@ def draw_with(subject: Subject, request: ImageRequest, unit: Unit) -> Drawn:
         if unit.step is None:
             stack.enter_context(exchanged(transformer, chosen))
             return draw(subject.pipeline, request)
-        return draw(subject.pipeline, request, on_one_step(transformer, chosen, unit.step))
+        return draw(subject.pipeline, request, on_steps(transformer, chosen, {unit.step}))
 
 
-def on_one_step(
-    transformer: nn.Module, modules: Mapping[str, nn.Module], step: int
+def on_steps(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], steps: Container[int]
 ) -> Callable[[Velocity], Velocity]:
-    """A velocity field that uses `modules` in its call number `step` (from 0) and no other."""
+    """A velocity field that uses `modules` in its calls number `steps` (from 0) and no others."""
 
     def wrap(velocity: Velocity) -> Velocity:
         calls = count()
 
         def chosen(latent: Tensor, sigma: float) -> Tensor:
-            if next(calls) != step:
+            if next(calls) not in steps:
                 return velocity(latent, sigma)
             with exchanged(transformer, modules):
                 return velocity(latent, sigma)
