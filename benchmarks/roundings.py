@@ -23,7 +23,7 @@ from zimage_fp8.model.source import find_model
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight
 
 RESULT = paired.HERE / "results" / "nano-roundings.json"
-FACTORS = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8)  # 2 would give the codes of 1 again
+FACTORS = (1.0, 1.2, 1.4, 1.6, 1.8)  # 2 would give the codes of 1 again
 FORMS = ("full", "full-folded")
 
 
