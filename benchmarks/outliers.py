@@ -118,16 +118,13 @@ def main() -> int:
     return 0
 
 
-Variants = dict[tuple[str, str], tuple[paired.Cells, paired.Variant]]
-
-
 def on_channels(
     source: Path,
     pipeline: Pipeline,
     calibration: Calibration,
     cells: dict[str, paired.Cells],
     few: int,
-) -> Variants:
+) -> paired.Variants:
     """Every form at every ratio, on the model with that ratio planted."""
     found = {}
     for ratio, folder in planted(source, RATIOS):
@@ -153,7 +150,7 @@ def on_tokens(
     calibration: Calibration,
     cells: dict[str, paired.Cells],
     few: int,
-) -> Variants:
+) -> paired.Variants:
     """The forms that differ there, with loud tokens around every layer of nano as it is."""
     found, modules = {}, list(calibration.channel_amax)
     for ratio in RATIOS[1:]:

@@ -56,6 +56,10 @@ class Variant:
     is_eager: bool = False
 
 
+# By any key: the cells that a variant's pictures go to, under which name.
+Variants = Mapping[tuple[object, ...], tuple[Cells, str, Variant]]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts, by their place in the file, whose captions have one padded length."""
@@ -112,7 +116,7 @@ def draw_together(pipeline: Pipeline, batch: Batch, wrap: Wrap | None = None) ->
 
 
 def measure(
-    variants: Mapping[str, tuple[Cells, Variant]],
+    variants: Variants,
     reference: Pipeline,
     prompts: int,
     found: dict[str, object],
@@ -127,7 +131,7 @@ def measure(
             return
         order += batch.places
         references: list[Drawn] = []
-        for name, (cells, variant) in variants.items():
+        for cells, name, variant in variants.values():
             known = pictures_of(cells, name)
             if len(known) > done or done >= (variant.limit or prompts):
                 continue

@@ -33,8 +33,6 @@ STEPS = 8
 LEFT_OUT = ((), (1, 2), (7, 8))
 SCALES_AT = (1.0, 1e5)  # ratios of planted channels
 
-Variants = dict[tuple[str, str], tuple[paired.Cells, str, paired.Variant]]
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -52,7 +50,7 @@ def main() -> int:
     )
     pipeline = load_pipeline("nano", dtype="float32")
     calibration = outliers.calibrate(pipeline, source)
-    variants: Variants = {}
+    variants: dict = {}
     for policy in ("full", "int8-rot"):
         layers = outliers.layers_of(outliers.forms()[policy], source, pipeline, calibration)
         variants |= without_steps(policy, layers, pipeline, found["unquantized"])
@@ -69,7 +67,7 @@ def without_steps(
     layers: Mapping[str, nn.Module],
     pipeline: paired.Pipeline,
     cells: dict[str, paired.Cells],
-) -> Variants:
+) -> paired.Variants:
     """The policy with some steps, counted from 1, left to the unquantized model."""
     per_prompt = {n: layer for n, layer in layers.items() if n.startswith("context_refiner.")}
     per_step = {n: layer for n, layer in layers.items() if n not in per_prompt}
@@ -89,7 +87,7 @@ def with_scales(
     pipeline: paired.Pipeline,
     calibration: Calibration,
     cells: dict[str, paired.Cells],
-) -> Variants:
+) -> paired.Variants:
     """`full` with one scale for all steps, and with one per step."""
     loud = load_pipeline(str(folder), dtype="float32", share=pipeline)
     known = calibration if ratio == 1 else outliers.calibrate(loud, folder)

@@ -142,11 +142,25 @@ def test_the_command_says_what_came_out(tiny_model: Path, tmp_path: Path) -> Non
     prompts.write_text("a red apple\n")
     out = tmp_path / "mix"
     arguments = ["quantize", str(tiny_model), "--policy", "auto", "--out", str(out)]
-    goal = ["--min-psnr", "1", "--search-prompts", str(prompts)]
+    others = tmp_path / "others.txt"
+    others.write_text("a penguin\na blue boat\n")
+    goal = ["--min-psnr", "1", "--search-prompts", str(prompts), "--verify-prompts", str(others)]
     done = CliRunner().invoke(app, [*arguments, *goal], catch_exceptions=False)
     assert "dB measured" in done.stdout
+    assert "with 2 prompts that the search did not see" in done.stdout
+    evidence = json.loads(out.with_suffix(".json").read_text())
+    assert evidence["held_out"]["quality"]["pictures"] == 2
+    assert not set(evidence["held_out"]["seeds"]) & set(evidence["settings"]["seeds"])
     assert str(out.with_suffix(".json")) in done.stdout
     assert load_pipeline(str(out)).policy == "mix"
+
+
+def test_prompts_to_verify_with_must_be_new(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\n")
+    file = tmp_path / "mix.toml"
+    with pytest.raises(UsageError, match="the search itself draws 1 of its prompts"):
+        search(str(tiny_model), Goal(30.0), file, workload=Workload(prompts), held_out=prompts)
 
 
 @pytest.mark.slow

@@ -143,12 +143,16 @@ def _place(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """Which pictures are drawn; None stands for the benchmark's own prompts and size."""
+    """Which pictures are drawn; None stands for the benchmark's own prompts and size.
+
+    first_seed: of the first prompt's latent, then counting up.
+    """
 
     prompts: Path | None = None
     limit: int | None = None
     size: tuple[int, int] | None = None
     steps: int = 8
+    first_seed: int = FIRST_SEED
 
 
 def load_requests(folder: Path, workload: Workload) -> list[ImageRequest]:
@@ -162,7 +166,7 @@ def load_requests(folder: Path, workload: Workload) -> list[ImageRequest]:
     prompts = read_prompts(workload.prompts) if workload.prompts else profile.prompts
     size = workload.size or profile.size
     return [
-        ImageRequest(prompt, *size, steps=workload.steps, seed=FIRST_SEED + index)
+        ImageRequest(prompt, *size, steps=workload.steps, seed=workload.first_seed + index)
         for index, prompt in enumerate(prompts[: workload.limit])
     ]
 

@@ -56,6 +56,10 @@ def quantize(
         Path | None,
         typer.Option(help="Prompts that auto draws, one per line; by default those of bench."),
     ] = None,
+    verify_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Other prompts, drawn once with what auto has chosen by its own."),
+    ] = None,
     diagnose: Annotated[
         bool,
         typer.Option(
@@ -88,11 +92,11 @@ def quantize(
 
     method = Method(fold, rounding, headroom)
 
-    goals = (min_psnr, max_latency, max_memory, minimize, search_prompts)
+    goals = (min_psnr, max_latency, max_memory, minimize, search_prompts, verify_prompts)
     if "auto" not in policy and any(goal is not None for goal in goals):
         raise UsageError(
-            "--min-psnr, --max-latency, --max-memory, --minimize and --search-prompts belong to "
-            "--policy auto"
+            "--min-psnr, --max-latency, --max-memory, --minimize, --search-prompts and "
+            "--verify-prompts belong to --policy auto"
         )
     if dry_run and "auto" in policy:
         raise UsageError("auto has to draw pictures before there is a plan: leave out --dry-run")
@@ -121,7 +125,13 @@ def quantize(
         goal = Goal(min_psnr, max_latency, parse_bytes(max_memory), minimize)
         with progress() as report:
             result = quantize_automatically(
-                model, goal, out, search_prompts, device=device, on_progress=report
+                model,
+                goal,
+                out,
+                search_prompts,
+                verify_prompts,
+                device=device,
+                on_progress=report,
             )
         emit(result if as_json else result.text(), as_json)
         return

@@ -7,9 +7,11 @@
 3. Adding up is a prediction; on nano it misses by 3 dB, either way. Plans along the
    front are drawn for real until the cheapest that keeps the promise is found; what was predicted
    and what came out are both written down.
+4. What was chosen by looking at some pictures may be luck with these: the plan is drawn once more
+   with prompts and seeds that nothing before has seen, where such are given.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,7 @@ from zimage_fp8.evaluate import (
     summarize,
 )
 from zimage_fp8.layout import read_config
+from zimage_fp8.model.pipeline import ImageRequest
 from zimage_fp8.quant.policy import find_policy
 from zimage_fp8.quantize import find_unquantized
 from zimage_fp8.search.costs import Costs, fixed_bytes, measure_costs, picture_seconds
@@ -89,13 +92,14 @@ class Verified:
 
 @dataclass(frozen=True)
 class Found:
-    """The chosen plan and everything that led to it."""
+    """The chosen plan and everything that led to it; held_out: what it draws with other prompts."""
 
     policy_file: Path
     evidence_file: Path
     chosen: Verified
     verified: list[Verified]
     cost: str
+    held_out: Quality | None
 
 
 def search(
@@ -104,10 +108,13 @@ def search(
     out: Path,
     *,
     workload: Workload | None = None,
+    held_out: Path | None = None,
     device: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Found:
     """Write the policy to `out` (a .toml file) and its evidence beside it.
+
+    workload: what is drawn to choose. held_out: a file of prompts to draw the chosen plan with.
 
     Measurements are streamed to `out` with the suffixes .e4m3-static.json and .int8-rot.json, from
     which an interrupted search resumes. Raises UsageError for a goal that makes no sense,
@@ -121,7 +128,9 @@ def search(
     folder = find_unquantized(model)
     config, _ = read_config(folder / "transformer")
     parts = stretches(config)
-    requests = load_requests(folder, workload or Workload())
+    seen = workload or Workload()
+    requests = load_requests(folder, seen)
+    unseen = _unseen(folder, held_out, seen, requests)
     stage = _Stages(on_progress)
     full = find_policy(CANDIDATES["e4m3-static"])
     base = load_subject(
@@ -142,20 +151,49 @@ def search(
     rest = costs.rest_s if cost == "latency" else float(fixed_bytes(folder))
     points = front(options, rest)
     trial = _Trial(base, modules, parts, stage("verifying"))
+    last = _Trial(replace(base, requests=unseen), modules, parts, stage("drawing other prompts"))
     chosen = _choose(goal, points, trial, cost)
     if all(spec == KEEP for spec in chosen.point.specs):
         raise ZImageError(
             "the model reaches this goal unquantized, and no mix does better",
             hint="keep bf16_base, or ask for less memory, less time or a lower PSNR",
         )
-    write_policy(out, parts, chosen.point, _why(goal, chosen))
+    elsewhere = last(chosen.point).quality if unseen else None
+    write_policy(out, parts, chosen.point, _why(goal, chosen, elsewhere))
     if goal.max_latency_s is not None:
         chosen = replace(chosen, latency_s=_real_latency(model, out, base))
     evidence = out.with_suffix(".json")
-    write_evidence(
-        evidence, base.settings(), goal, cost, parts, options, points, trial.verified, chosen
-    )
-    return Found(out, evidence, chosen, trial.verified, cost)
+    facts = {
+        "settings": base.settings(),
+        "goal": goal,
+        "cost": cost,
+        "front": points,
+        "verified": trial.verified,
+        "chosen": chosen,
+        "held_out": {
+            "prompts": [request.prompt for request in unseen],
+            "seeds": [request.seed for request in unseen],
+            "quality": elsewhere,
+        },
+    }
+    write_evidence(evidence, facts, parts, options)
+    return Found(out, evidence, chosen, trial.verified, cost, elsewhere)
+
+
+def _unseen(
+    folder: Path, file: Path | None, seen: Workload, requests: Sequence[ImageRequest]
+) -> list[ImageRequest]:
+    """The prompts of `file`, with seeds of their own. Raises UsageError when some were seen."""
+    if file is None:
+        return []
+    others = Workload(file, None, seen.size, seen.steps, seen.first_seed + len(requests))
+    unseen = load_requests(folder, others)
+    if both := {it.prompt for it in unseen} & {it.prompt for it in requests}:
+        raise UsageError(
+            f"{file}: the search itself draws {len(both)} of its prompts, such as {min(both)!r}",
+            param="verify_prompts",
+        )
+    return unseen
 
 
 class _Stages:
@@ -275,14 +313,17 @@ def _amount(value: float, cost: str) -> str:
     return f"{value:.3g} s a picture" if cost == "latency" else f"{value / 1e9:.3g} GB of weights"
 
 
-def _why(goal: Goal, chosen: Verified) -> str:
+def _why(goal: Goal, chosen: Verified, elsewhere: Quality | None) -> str:
     asked = {
         "min_psnr": f"mean PSNR of at least {goal.min_psnr} dB",
         "max_latency_s": f"at most {goal.max_latency_s} s a picture",
         "max_memory_bytes": f"at most {goal.max_memory_bytes} bytes of weights",
     }
     (wanted,) = [text for name, text in asked.items() if getattr(goal, name) is not None]
-    return (
+    drawn = (
         f"Found for {wanted}: {chosen.quality.mean:.1f} dB measured on "
-        f"{chosen.quality.pictures} prompts ({chosen.point.predicted_psnr:.1f} dB predicted)."
+        f"{chosen.quality.pictures} prompts ({chosen.point.predicted_psnr:.1f} dB predicted)"
     )
+    if elsewhere:
+        drawn += f", {elsewhere.mean:.1f} dB on {elsewhere.pictures} that it had not seen"
+    return f"{drawn}."

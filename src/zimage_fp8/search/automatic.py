@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zimage_fp8.checkpoint.dialects import algorithm_of
 from zimage_fp8.errors import UsageError
-from zimage_fp8.evaluate import Workload
+from zimage_fp8.evaluate import Quality, Workload
 from zimage_fp8.layout import linear_shapes, read_config
 from zimage_fp8.quant.policy import find_policy, resolve
 from zimage_fp8.quantize import find_unquantized, quantize
@@ -14,7 +14,8 @@ from zimage_fp8.search import Goal, OnProgress, search
 
 @dataclass(frozen=True)
 class Automatic:
-    """checkpoint: None when no format on disk holds the mix; `reason` says why. Sizes in dB."""
+    """checkpoint: None when no format on disk holds the mix; `reason` says why. Sizes in dB;
+    held_out: with prompts that the search did not see, None where none were given."""
 
     policy_file: Path
     evidence_file: Path
@@ -27,6 +28,7 @@ class Automatic:
     unit: str
     latency_s: float | None
     pictures_drawn: int
+    held_out: Quality | None
     model: str
 
     def text(self) -> str:
@@ -36,6 +38,7 @@ class Automatic:
         lines = [
             f"{self.policy_file}: {self.mean_psnr:.1f} ± {self.ci95:.1f} dB measured, "
             f"{self.predicted_psnr:.1f} dB predicted, {cost}{real}",
+            *self._elsewhere(),
             f"evidence: {self.evidence_file}",
         ]
         if self.checkpoint:
@@ -43,12 +46,21 @@ class Automatic:
         run = f"zimage-fp8 serve {self.model} --policy {self.policy_file}"
         return "\n".join([*lines, f"no checkpoint: {self.reason}", f"run it with: {run}"])
 
+    def _elsewhere(self) -> list[str]:
+        if (found := self.held_out) is None:
+            return []
+        return [
+            f"with {found.pictures} prompts that the search did not see: {found.mean:.1f} "
+            f"± {found.ci95:.1f} dB"
+        ]
+
 
 def quantize_automatically(
     model: str,
     goal: Goal,
     out: Path,
     prompts: Path | None,
+    held_out: Path | None = None,
     *,
     device: str | None = None,
     on_progress: OnProgress | None = None,
@@ -59,7 +71,15 @@ def quantize_automatically(
     """
     file = out.with_name(f"{out.name}.toml")
     workload = Workload(prompts)
-    found = search(model, goal, file, workload=workload, device=device, on_progress=on_progress)
+    found = search(
+        model,
+        goal,
+        file,
+        workload=workload,
+        held_out=held_out,
+        device=device,
+        on_progress=on_progress,
+    )
     config, _ = read_config(find_unquantized(model) / "transformer")
     checkpoint, reason = None, ""
     try:
@@ -81,5 +101,6 @@ def quantize_automatically(
         unit="s" if found.cost == "latency" else "bytes",
         latency_s=found.chosen.latency_s,
         pictures_drawn=quality.pictures,
+        held_out=found.held_out,
         model=model,
     )

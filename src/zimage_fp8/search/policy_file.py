@@ -46,28 +46,19 @@ def write_policy(file: Path, parts: Sequence[Stretch], point: Point, summary: st
 
 def write_evidence(
     file: Path,
-    settings: Mapping[str, object],
-    goal: object,
-    cost: str,
+    facts: Mapping[str, object],
     parts: Sequence[Stretch],
     options: Sequence[Sequence[Option]],
-    points: Sequence[Point],
-    verified: Sequence[object],
-    chosen: object,
 ) -> None:
-    """Everything the choice rests on. Infinite decibels are written as null."""
+    """Everything the choice rests on: `facts`, and what every part may become. Infinite decibels
+    are written as null."""
     raw = {
         "schema": SCHEMA,
-        "settings": dict(settings),
-        "goal": goal,
-        "cost": cost,
+        **facts,
         "parts": [
             {"name": part.name, "blocks": part.blocks, "options": list(choices)}
             for part, choices in zip(parts, options, strict=True)
         ],
-        "front": list(points),
-        "verified": list(verified),
-        "chosen": chosen,
         "made_with": {"versions": versions(), "commit": commit(), "machine": machine()},
     }
     _write(file, json.dumps(_plain(raw), indent=1, allow_nan=False) + "\n")
