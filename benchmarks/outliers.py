@@ -52,13 +52,13 @@ from zimage_fp8.quant.calibrate import Calibration
 from zimage_fp8.quant.policy import ALWAYS_KEPT, INT8_ROW, Policy, Rule, find_policy
 
 RESULT = paired.HERE / "results" / "nano-outliers.json"
-PROVEN_ON = 2  # latents compared bit for bit at every ratio
+PROVEN_ON = 1  # pictures whose latents are compared bit for bit at every ratio
 
 SHOWN = ("full", "fp8-row", "online_int8-rot", "int8-rot")  # in the strip of pictures
 STRIP_RATIO, STRIP_PROMPT, GAP = 1e3, 2, 6
 
 BLOCKS = "*.attention.*", "*.feed_forward.*"
-ON_TOKENS = ("full", "full-folded", "fp8-row", "int8-row", "online_int8-rot", "int8-rot")
+ON_TOKENS = ("full", "full-folded", "fp8-row", "int8-rot")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def forms() -> dict[str, Form]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--few", type=int, default=24, help="prompts of what collapses anyway")
+    parser.add_argument("--few", type=int, default=8, help="prompts of all but what is promised")
     parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--strip", type=Path, help="only draw one prompt in some formats, as PNG")
@@ -153,7 +153,7 @@ def on_tokens(
 ) -> paired.Variants:
     """The forms that differ there, with loud tokens around every layer of nano as it is."""
     found, modules = {}, list(calibration.channel_amax)
-    for ratio in RATIOS[1:]:
+    for ratio in RATIOS[2:]:
         around = louder(ratio, modules)
         with around(pipeline.transformer):
             known = calibrate(pipeline, source)
