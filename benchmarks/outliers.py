@@ -161,7 +161,7 @@ def on_tokens(
         of_ratio = cells.setdefault(f"{power_of_two(ratio):g}", {})
         for name in ON_TOKENS:
             layers = layers_of(forms()[name], source, pipeline, known)
-            variant = paired.Variant(pipeline, layers, around, limit=few, is_eager=True)
+            variant = paired.Variant(pipeline, layers, around, limit=few)
             found["tokens", ratio, name] = (of_ratio, name, variant)
     return found
 

@@ -45,7 +45,7 @@ class Variant:
     """What is drawn: `pipeline` with `layers` in the places of their names.
 
     around: entered with the transformer while it draws. wrap: changes the velocity field. limit:
-    prompts, where not all of them. is_eager: never compiled, because `around` leaves hooks.
+    prompts, where not all of them.
     """
 
     pipeline: Pipeline
@@ -53,7 +53,6 @@ class Variant:
     around: Callable[[nn.Module], AbstractContextManager[object]] | None = None
     wrap: Wrap | None = None
     limit: int | None = None
-    is_eager: bool = False
 
 
 # By any key: the cells that a variant's pictures go to, under which name.
@@ -139,14 +138,8 @@ def measure(
                 references = draw_together(reference, batch)
             around = variant.around or (lambda _: nullcontext())
             transformer = variant.pipeline.transformer
-            forward = Block.forward
-            if variant.is_eager:
-                Block.forward = EAGER
-            try:
-                with exchanged(transformer, variant.layers), around(transformer):
-                    drawn = draw_together(variant.pipeline, batch, variant.wrap)
-            finally:
-                Block.forward = forward
+            with exchanged(transformer, variant.layers), around(transformer):
+                drawn = draw_together(variant.pipeline, batch, variant.wrap)
             known += [difference(*pair) for pair in zip(drawn, references, strict=True)]
             cells[name] = as_json(known)
             found["order"] = max(order, found.get("order", []), key=len)
@@ -161,11 +154,18 @@ def compile_blocks() -> None:
     """Blocks as one kernel per stretch of elementwise work: half the time, on a CPU.
 
     Sums round in another order, so single codes come out as their neighbours, and these single
-    codes end as another picture of the same quality.
+    codes end as another picture of the same quality. A block with hooks, which would be compiled
+    for each of them anew, runs as it is.
     """
     torch._dynamo.config.cache_size_limit = ENTRIES
     torch._dynamo.config.accumulated_cache_size_limit = 4 * ENTRIES
-    Block.forward = torch.compile(EAGER, dynamic=True)
+    compiled = torch.compile(EAGER, dynamic=True)
+
+    def forward(block: Block, *inputs: Tensor) -> Tensor:
+        has_hooks = any(module._forward_pre_hooks for module in block.modules())
+        return (EAGER if has_hooks else compiled)(block, *inputs)
+
+    Block.forward = forward
 
 
 def pictures_of(cells: Cells, name: str) -> list[Difference]:

@@ -19,7 +19,7 @@ from zimage_fp8.sensitivity.result import read
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 OUTLIERS, GEMM, SENSITIVITY = "nano-outliers.json", "gemm-error.json", "nano-sensitivity.json"
-SEARCH = "nano-search.json"
+SEARCH, ROUNDINGS, STEPS = "nano-search.json", "nano-roundings.json", "nano-steps.json"
 
 MEANINGS = {
     "full": "`full`: static E4M3, per tensor",
@@ -31,6 +31,7 @@ MEANINGS = {
     "online_int8-rot": "`online_int8-rot`: rotated",
     "int8-rot": "**`int8-rot`: folded, then rotated**",
 }
+PROMISED = ("full-folded", "int8-rot")
 COLORS = ("#0069a8", "#00a08a", "#56a0d3", "#5a5f66", "#8a6d00", "#c9a227", "#a3487e", "#b8460e")
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 720, 300, 46, 20, 250
 
@@ -39,41 +40,121 @@ def outlier_table(results: Path) -> str:
     """Mean PSNR of every variant at every ratio, with its interval."""
     found = json.loads((results / OUTLIERS).read_text())
     ratios = list(found["ratios"])
+    most = max(
+        len(cell["pictures"]) for cells in found["ratios"].values() for cell in cells.values()
+    )
     rows = []
     for name, meaning in MEANINGS.items():
-        cells = [found["ratios"][ratio].get(name, {}).get("summary") for ratio in ratios]
+        cells = [found["ratios"][ratio].get(name) for ratio in ratios]
         if any(cells):
-            beside = _paired(found["ratios"][ratios[0]], name)
-            rows.append([meaning, *(_interval(cell) for cell in cells), beside])
-    counts = {
-        cell["summary"]["pictures"] for cells in found["ratios"].values() for cell in cells.values()
-    }
-    drawn = "to".join(f" {count} " for count in sorted({min(counts), max(counts)})).strip()
+            beside = _paired(cells[0], found["ratios"][ratios[0]].get("full"))
+            rows.append([meaning, *(_counted(cell, most) for cell in cells), beside])
     head = ["mean PSNR, dB", *(_ratio(float(ratio)) for ratio in ratios), "first, minus `full`"]
-    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else "CUDA"]
-    facts += [f"{name} {version}" for name, version in found["versions"].items()]
-    facts += [f"commit {found['commit']}", f"`{found['command']}`"]
     return "\n\n".join(
         [
             markdown_table(head, rows),
-            f"{drawn} pictures of {found['size']}, {found['steps']} steps, drawn in pairs against "
-            "the unquantized model in FP32; ± is half the 95 % interval of the mean. The last "
-            "column is the mean of the differences picture by picture, without outliers.",
-            f"<sub>{' · '.join(facts)}</sub>",
+            f"{most} pictures of {found['size']}, {found['steps']} steps, where no smaller number "
+            "stands in parentheses; drawn in pairs against the unquantized model in FP32. ± is "
+            "half the 95 % interval of the mean. The last column is the mean of the differences "
+            "picture by picture, without outliers.",
+            _made(found),
         ]
     )
 
 
-def _interval(summary: dict[str, float] | None) -> str:
-    return f"{summary['mean']:.1f} ± {summary['ci95']:.1f}" if summary else ""
+def outlier_losses(results: Path) -> str:
+    """What outliers cost the formats that are to stand them: paired with the same without."""
+    found = json.loads((results / OUTLIERS).read_text())
+    none, *ratios = found["ratios"]
+    rows = []
+    for name in PROMISED:
+        without = found["ratios"][none][name]
+        beside = [_paired(found["ratios"][ratio].get(name), without) for ratio in ratios]
+        rows.append([MEANINGS[name], f"{without['summary']['mean']:.1f}", *beside])
+    head = ["dB", "without", *(_ratio(float(ratio)) for ratio in ratios)]
+    return markdown_table(head, rows)
 
 
-def _paired(cells: dict, name: str) -> str:
-    """How much better a variant draws the same prompts than `full` does."""
-    if name == "full" or "full" not in cells or name not in cells:
+def token_table(results: Path) -> str:
+    """Loud tokens, beside the same prompts without."""
+    found = json.loads((results / OUTLIERS).read_text())
+    ratios = list(found["tokens"])
+    rows, counts = [], set()
+    for name in MEANINGS:
+        cells = [found["tokens"][ratio].get(name) for ratio in ratios]
+        if not all(cells):
+            continue
+        counts |= {len(cell["pictures"]) for cell in cells}
+        values = _values(found["ratios"]["1"][name])[: min(counts)]
+        rows.append(
+            [MEANINGS[name], f"{fmean(values):.1f}"]
+            + [f"{cell['summary']['mean']:.1f}" for cell in cells]
+        )
+    head = ["mean PSNR, dB", *map(_ratio, (1.0, *map(float, ratios)))]
+    count = " to ".join(map(str, sorted(counts)))
+    return f"{markdown_table(head, rows)}\n\n{count} prompts.\n\n{_made(found)}"
+
+
+def rounding_table(results: Path) -> str:
+    """One policy in several roundings, plain and folded, and how far they lie apart."""
+    found = json.loads((results / ROUNDINGS).read_text())
+    factors = list(found["factors"])
+    rows = []
+    for name in ("full", "full-folded"):
+        means = [found["factors"][factor][name]["summary"]["mean"] for factor in factors]
+        spread = f"{fmean(means):.1f} ± {1.96 * stdev(means) / math.sqrt(len(means)):.1f}"
+        cells = (f"{mean:.1f}" for mean in means)
+        rows.append([MEANINGS[name], *cells, spread, f"{stdev(means):.1f}"])
+    columns = [f"scales × {factor}" for factor in factors]
+    count = found["factors"][factors[0]]["full"]["summary"]["pictures"]
+    table = markdown_table(["mean PSNR, dB", *columns, "all", "their spread"], rows)
+    note = (
+        f"{count} prompts, the same for all; ± is half the 95 % interval over roundings, the "
+        "spread their standard deviation."
+    )
+    return f"{table}\n\n{note}\n\n{_made(found)}"
+
+
+def step_table(results: Path) -> str:
+    """Steps left unquantized, and steps with static scales of their own: paired differences."""
+    found = json.loads((results / STEPS).read_text())
+    rows = []
+    for policy, cells in found["unquantized"].items():
+        for name in (name for name in cells if name != "none"):
+            change = _paired(cells[name], cells["none"])
+            rows.append([f"`{policy}`, steps {name.replace(',', ' and ')} unquantized", change])
+    for ratio, cells in found["scales"].items():
+        where = "" if ratio == "1" else f", outliers {_ratio(float(ratio))}"
+        change = _paired(cells["by step"], cells["one"])
+        rows.append([f"`full`, scales by step{where}", change])
+    return f"{markdown_table(['', 'gain, dB'], rows)}\n\n{_made(found)}"
+
+
+def _made(found: dict) -> str:
+    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else "CUDA"]
+    facts += [f"{name} {version}" for name, version in found["versions"].items()]
+    facts += ["blocks compiled"] if found.get("compiled") else []
+    facts += [f"commit {found['commit']}", f"`{found['command']}`"]
+    return f"<sub>{' · '.join(facts)}</sub>"
+
+
+def _values(cell: dict) -> list[float]:
+    return [psnr_db(picture["mse"]) for picture in cell["pictures"]]
+
+
+def _counted(cell: dict | None, most: int) -> str:
+    if not cell:
         return ""
-    pairs = zip(cells[name]["pictures"], cells["full"]["pictures"], strict=False)
-    gains = [psnr_db(ours["mse"]) - psnr_db(full["mse"]) for ours, full in pairs]
+    summary = cell["summary"]
+    fewer = f" ({summary['pictures']})" if summary["pictures"] < most else ""
+    return f"{summary['mean']:.1f} ± {summary['ci95']:.1f}{fewer}"
+
+
+def _paired(ours: dict | None, theirs: dict | None) -> str:
+    """How much better the first draws the prompts that both have drawn."""
+    if not ours or not theirs or ours is theirs:
+        return ""
+    gains = [a - b for a, b in zip(_values(ours), _values(theirs), strict=False)]
     if len(gains) < 2:
         return ""
     return f"{fmean(gains):+.1f} ± {1.96 * stdev(gains) / math.sqrt(len(gains)):.1f}"
@@ -163,10 +244,42 @@ def search_table(results: Path) -> str:
         )
     head = [f"formats of the {len(found['parts'])} parts", "weights", "predicted, dB", "drawn, dB"]
     count = found["chosen"]["quality"]["pictures"]
-    return (
-        f"{markdown_table(head, rows)}\n\nGoal: {found['goal']['min_psnr']:g} dB at the least "
-        f"{found['cost']}; every plan drawn with {count} prompts. Bold: the plan that was written."
+    note = (
+        f"Goal: {found['goal']['min_psnr']:g} dB at the least {found['cost']}; every plan drawn "
+        f"with {count} prompts. Bold: the plan that was written."
     )
+    return "\n\n".join([markdown_table(head, rows), note, *_elsewhere(found)])
+
+
+def _elsewhere(found: dict) -> list[str]:
+    """What was chosen beside what it was to surpass, on prompts of the search and on others."""
+    if not (baseline := found.get("baseline")):
+        return []
+    both = {"prompts of the search": ("seen", found["chosen"]["quality"])}
+    both["other prompts"] = ("held_out", found["held_out"]["quality"])
+    rows = []
+    for title, (key, chosen) in both.items():
+        alone = baseline[key]
+        gain = f"{chosen['mean'] - alone['mean']:+.1f}"
+        shown = [f"{it['mean']:.1f} ± {it['ci95']:.1f}" for it in (alone, chosen)]
+        rows.append([f"{chosen['pictures']} {title}", *shown, gain])
+    kept = _kept_share(found)
+    text = (
+        f"The plan leaves {kept:.0%} of what `{baseline['policy']}` quantizes, by weights, in BF16."
+    )
+    head = ["mean PSNR, dB", f"`{baseline['policy']}` alone", "the plan", "gain"]
+    return [markdown_table(head, rows), text]
+
+
+def _kept_share(found: dict) -> float:
+    """Of the bytes that can be quantized, the share that stays, as they weigh in BF16."""
+    weights = [
+        next(it["cost"] for it in part["options"] if it["spec"] == "keep")
+        for part in found["parts"]
+    ]
+    specs = found["chosen"]["point"]["specs"]
+    kept = sum(w for w, spec in zip(weights, specs, strict=True) if spec == "keep")
+    return kept / sum(weights)
 
 
 def outlier_plot(found: dict) -> str:
