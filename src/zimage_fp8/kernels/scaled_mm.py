@@ -21,16 +21,18 @@ def scaled_mm(
     """`(q · scale) @ (weight · weight_scale).T` on 8-bit codes.
 
     q: [tokens, in]; scale: fp32 [] or [tokens, 1]; weight: [out, in]; weight_scale: fp32 [] or
-    [out]. Returns [tokens, out] in `dtype`. On the CPU and in BF16, E4M3 under two scalars equals
-    the reference bit for bit, so tests without a GPU exercise the real arithmetic. INT8 sums
-    exactly, in int32, then multiplies by `scale` and by `weight_scale` in fp32 and rounds once.
+    [out]. Returns [tokens, out] in `dtype`. INT8 sums exactly, in int32, then multiplies by `scale`
+    and by `weight_scale` in fp32 and rounds once.
+
+    On the CPU E4M3 is the reference: `torch._scaled_mm` has the same bits in BF16, and on a Xeon
+    with AMX took 7.4 s for [1152, 192] x [192, 576] on one core, where the reference takes 8 ms.
     """
     if q.dtype == DTYPE["int8"]:
         total = torch._int_mm(q, weight.T)
         return (total.float() * scale * weight_scale).to(dtype)
+    if not q.is_cuda:
+        return scaled_mm_reference(q, scale, weight, weight_scale, dtype)
     if scale.ndim or weight_scale.ndim:
-        if not q.is_cuda:  # `_scaled_mm` takes vectors on the CPU from PyTorch 2.12 on, as exactly
-            return scaled_mm_reference(q, scale, weight, weight_scale, dtype)
         scale = _vector(scale, len(q))[:, None]  # two scalars or two vectors, nothing between
         weight_scale = _vector(weight_scale, len(weight))[None]
     return torch._scaled_mm(q, weight.T, scale, weight_scale, out_dtype=dtype)
