@@ -43,3 +43,5 @@ def test_equals_its_reference(rows: int, token_scale: bool, row_scale: bool) -> 
     else:
         got = scaled_mm(*arguments, torch.bfloat16)
         same_bits(got, scaled_mm_reference(*arguments, torch.bfloat16))
+        out_dtype = torch.bfloat16  # what a GPU is asked for
+        same_bits(got, torch._scaled_mm(q, weight.T, scale, weight_scale, out_dtype=out_dtype))
