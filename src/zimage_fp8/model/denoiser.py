@@ -41,7 +41,7 @@ class PlainDenoiser:
         return {
             "engine": "plain",
             "attention": "torch scaled_dot_product_attention",
-            "gemm": "torch linear; E4M3 by _scaled_mm on CUDA, dequantized on a CPU; INT8 by _int_mm",
+            "gemm": "torch linear; E4M3: _scaled_mm, on a CPU dequantized; INT8: _int_mm",
         }
 
     def release(self) -> None:
