@@ -1,12 +1,12 @@
 """VERB quantize --policy auto: the cheapest mixed policy that is good enough, with its evidence.
 
 1. Every unit (one kind of layer in one stretch of blocks) is quantized alone, in every candidate
-   format: its squared error in the pictures, its bytes, its time on this machine.
+   format: its squared error in a few pictures, its bytes, its time on this machine.
 2. Squared errors of different units add up roughly, so choosing formats is a knapsack: `front`
    walks from the cheapest plan to full precision by the best error saved per cost.
 3. Adding up is a prediction; on nano it misses by 3 dB, either way. Plans along the
-   front are drawn for real until the cheapest that keeps the promise is found; what was predicted
-   and what came out are both written down.
+   front are drawn for real, with all prompts, until the cheapest that keeps the promise is found;
+   what was predicted and what came out are both written down.
 4. What was chosen by looking at some pictures may be luck with these: the plan is drawn once more
    with prompts and seeds that nothing before has seen, where such are given.
 """
@@ -44,6 +44,7 @@ from zimage_fp8.search.stretches import Stretch, stretches
 from zimage_fp8.sensitivity.units import Unit, measure
 
 CANDIDATES = {"e4m3-static": "full", "int8-rot": "int8-rot"}  # spec -> the preset that has it
+UNIT_PROMPTS = 4  # for what only predicts; more would sharpen what adding up then blurs
 
 OnProgress = Callable[[str, int, int], None]  # (stage, done, in all)
 
@@ -142,8 +143,9 @@ def search(
         "int8-rot": quantized_modules(folder, int8, base.pipeline, base.calibration),
     }
     costs = measure_costs(base, modules, model, device, stage("timing"))
+    few = replace(base, requests=requests[:UNIT_PROMPTS])
     errors = {
-        spec: _errors(replace(base, policy=spec, quantized=modules[spec]), parts, out, stage)
+        spec: _errors(replace(few, policy=spec, quantized=modules[spec]), parts, out, stage)
         for spec in modules
     }
     cost = goal.cost(base.pipeline.device.type)
@@ -165,6 +167,7 @@ def search(
     evidence = out.with_suffix(".json")
     facts = {
         "settings": base.settings(),
+        "unit_prompts": len(few.requests),
         "goal": goal,
         "cost": cost,
         "front": points,
