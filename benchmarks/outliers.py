@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ from zimage_fp8.outliers import (
     write_folded,
 )
 from zimage_fp8.quant import fold
-from zimage_fp8.quant.calibrate import Calibration
+from zimage_fp8.quant.calibrate import FOLDED_HEADROOM, Calibration
 from zimage_fp8.quant.policy import ALWAYS_KEPT, INT8_ROW, Policy, Rule, find_policy
 
 RESULT = paired.HERE / "results" / "nano-outliers.json"
@@ -236,11 +236,17 @@ def folded_modules(
         loaded = load_transformer(
             balanced / "transformer",
             policy=policy,
-            calibration=multiplied(calibration, factors),
+            calibration=widened(multiplied(calibration, factors)),
             dtype=pipeline.dtype,
             device=pipeline.device,
         )
     return fitting_modules(loaded.model, factors)
+
+
+def widened(calibration: Calibration) -> Calibration:
+    """With the headroom that static scales have where channels were folded."""
+    amax = {n: tuple(FOLDED_HEADROOM * v for v in it) for n, it in calibration.amax.items()}
+    return replace(calibration, amax=amax)
 
 
 def calibrate(pipeline: Pipeline, folder: Path) -> Calibration:
