@@ -138,3 +138,16 @@ def test_prompt_files(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(ZImageError, match="holds no prompt"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(("asked", "reaches"), [(1.0, 4.0), (2.0, 4.0), (8.0, 8.0)])
+def test_balanced_channels_get_headroom(
+    calibration: Calibration, asked: float, reaches: float
+) -> None:
+    layer = "layers.0.feed_forward.w2"
+    (amax, channels) = max(calibration.amax[layer]), calibration.channel_amax[layer]
+    plain = calibration.input_scale(layer, E4M3_STATIC, headroom=asked)
+    assert plain.item() == pytest.approx(asked * amax / 448)
+    none = {layer: torch.ones(len(channels))}
+    folded = calibration.input_scale(layer, E4M3_STATIC, none, asked)
+    assert folded.item() == pytest.approx(reaches * amax / 448)

@@ -74,7 +74,10 @@ def quantize(
         bool, typer.Option("--fold", help="Fold channel scales into weights; int8-rot always does.")
     ] = False,
     headroom: Annotated[
-        float, typer.Option(help="How far static input scales reach beyond calibration; 2 is free.")
+        float,
+        typer.Option(
+            help="How far static input scales reach beyond calibration; with --fold, 4 at least."
+        ),
     ] = 1.0,
     dtype: Annotated[
         str | None, typer.Option(help="What calibration computes in: bfloat16 (default), float32.")
