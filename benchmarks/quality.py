@@ -25,6 +25,7 @@ MEANINGS = {
     "full": "`full`: static E4M3, per tensor",
     "full[!context_refiner]": "the same, context refiner in BF16",
     "full-folded": "`full`, channel scales folded",
+    "full-folded, no headroom": "the same without headroom",
     "fp8-row": "`fp8-row`: E4M3 per row and token",
     "int8-row": "INT8 per row and token",
     "int8-row-folded": "INT8, channel scales folded",
@@ -32,7 +33,17 @@ MEANINGS = {
     "int8-rot": "**`int8-rot`: folded, then rotated**",
 }
 PROMISED = ("full-folded", "int8-rot")
-COLORS = ("#0069a8", "#00a08a", "#56a0d3", "#5a5f66", "#8a6d00", "#c9a227", "#a3487e", "#b8460e")
+COLORS = (
+    "#0069a8",
+    "#00a08a",
+    "#56a0d3",
+    "#9fc5e8",
+    "#5a5f66",
+    "#8a6d00",
+    "#c9a227",
+    "#a3487e",
+    "#b8460e",
+)
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 720, 300, 46, 20, 250
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/roundings.py
 
-E4M3 is a float, so scales that are 1.2 times as large give every weight and every input another code
-and leave the statistics of their errors as they were. Inputs matter as well as weights: a channel
+E4M3 is a float, so scales that are 1.2 times as large give every weight and input another code and
+leave the statistics of their errors as they were. Inputs matter as well as weights: a channel
 that is nearly constant is rounded the same way in all tokens, steps and prompts. Plain and folded
 weights, the same prompts.
 """
