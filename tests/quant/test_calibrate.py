@@ -151,3 +151,10 @@ def test_balanced_channels_get_headroom(
     none = {layer: torch.ones(len(channels))}
     folded = calibration.input_scale(layer, E4M3_STATIC, none, asked)
     assert folded.item() == pytest.approx(reaches * amax / 448)
+
+
+def test_a_pipeline_can_be_calibrated_again(tiny_model: Path) -> None:
+    """Refined captions are remembered by prompt; calibration has to see them refined."""
+    pipeline = load_pipeline(str(tiny_model))
+    first, second = (run_calibration(pipeline, tiny_model, SETTINGS) for _ in range(2))
+    assert first.to_json() == second.to_json()

@@ -70,6 +70,7 @@ def run_calibration(
     `folder` is the pipeline's own, for the fingerprint. Raises UsageError for settings that cannot
     be drawn.
     """
+    pipeline.captions.clear()  # a caption that is remembered would not be refined under our eyes
     with observe(pipeline.transformer, _observed(pipeline)) as observer:
 
         def follow(done: int, total: int) -> None:
