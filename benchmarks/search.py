@@ -8,7 +8,6 @@ prompts that the search has not seen, and so is `int8-rot`: the gain there is th
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +74,10 @@ def main() -> int:
         "held_out": asdict(quality(subject, others)),
     }
     evidence["compiled"] = given.compile
-    evidence["command"] = shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]])
+    evidence["command"] = (
+        f"python benchmarks/search.py --work FOLDER --gain {given.gain:g} --seen {given.seen} "
+        f"--unseen {given.unseen}" + (" --compile" if given.compile else "")
+    )
     evidence["policy"] = policy.read_text()
     paired.write(evidence, given.out)
     return 0
