@@ -51,7 +51,7 @@ def main() -> int:
             rows += [{"policy": policy, "size": size, **row} for row in found]
             print(policy, size, *(f"{row['picture_ms']:.1f}" for row in found), "ms", flush=True)
     report = {
-        "model": given.model,
+        "model": pipeline.model,
         "device": pipeline.describe()["device"],
         "rows": rows,
         "machine": machine(),

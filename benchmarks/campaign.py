@@ -84,6 +84,11 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
             *("diffusers, compiled", 5, "baselines.py", model, *scaled, *few_seconds),
             *("--modes", "compiled", "--out", compiled),
         ),
+        script(
+            *("batching", 4, "batching.py", "--model", model, "--policies", "online_fp8"),
+            *("--sizes", *(("256x256", "512x512", "1024x512") if is_full else ("64x32",))),
+            *("--batches", 1, 2, 4, "--runs", 10, "--out", out / "batching-gpu.json"),
+        ),
         script("profile", 3, "engine.py", *scaled, "--profile", profile, "--policies", "full"),
         script(
             *("all kernels", 15, "kernels.py", *scaled, "--out", out / "kernels.json"),

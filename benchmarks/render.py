@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import EnumType
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -250,7 +250,11 @@ def server_overhead(results: Path) -> str:
 
 def server_batching(results: Path) -> str:
     """What a picture's step costs in company, and how many more are drawn per second."""
-    found = json.loads((results / "batching.json").read_text())
+    files = [results / name for name in ("batching.json", "batching-gpu.json")]
+    return "\n\n".join(batching_table(json.loads(it.read_text())) for it in files if it.exists())
+
+
+def batching_table(found: dict[str, Any]) -> str:
     batches = sorted({row["batch"] for row in found["rows"]})
     took = {(it["policy"], it["size"], it["batch"]): it["picture_ms"] for it in found["rows"]}
     rows = [
