@@ -164,6 +164,24 @@ def test_the_guess_ends_at_the_latent(pipeline: Pipeline) -> None:
     assert torch.equal(drawing.guess, drawing.latent)
 
 
+def test_previews_and_pictures_are_decoded_in_the_same_mode(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffers of a captured graph are inference tensors: written to in no other mode."""
+    modes: list[bool] = []
+    decode = pipeline.decoder.decode
+
+    def watched(latent: Tensor) -> np.ndarray:
+        modes.append(torch.is_inference_mode_enabled() and latent.is_inference())
+        return decode(latent)
+
+    monkeypatch.setattr(pipeline.decoder, "decode", watched)
+    drawing = pipeline.begin(replace(REQUEST, steps=1))
+    pipeline.step([drawing])
+    assert np.array_equal(pipeline.preview(drawing), pipeline.finish(drawing).pixels)
+    assert modes == [True, True]
+
+
 def test_the_fused_engine_takes_every_picture_at_its_own_step(tiny_model: Path) -> None:
     options = EngineOptions(engine="fused")
     pipeline = load_with_engine(

@@ -119,10 +119,7 @@ class Pipeline:
 
     def preview(self, drawing: Drawing) -> np.ndarray:
         """uint8 [height, width, 3]: what the last step pointed to. The drawing stays as it is."""
-        drawing.clock.lap("denoise")
-        pixels = self._in_memory(drawing.request, lambda: self.decoder.decode(drawing.guess))
-        drawing.clock.lap("preview")
-        return pixels
+        return self._in_memory(drawing.request, lambda: self._preview(drawing))
 
     def finish(self, drawing: Drawing) -> GeneratedImage:
         """The picture, after the last step. Raises OutOfMemory and ZImageError as `generate`."""
@@ -154,6 +151,13 @@ class Pipeline:
         for drawing in drawings:
             outputs, companies = zip(*(next(ran) for _ in drawing.conditions.captions), strict=True)
             drawing.advance(outputs, max(companies))
+
+    @torch.inference_mode()
+    def _preview(self, drawing: Drawing) -> np.ndarray:
+        drawing.clock.lap("denoise")
+        pixels = self.decoder.decode(drawing.guess)
+        drawing.clock.lap("preview")
+        return pixels
 
     @torch.inference_mode()
     def _finish(self, drawing: Drawing) -> GeneratedImage:
