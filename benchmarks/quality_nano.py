@@ -15,21 +15,17 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from zimage_fp8.bench.statistics import mean_interval
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.request import ImageRequest
-from zimage_fp8.model.sampling import denoise, schedule, transformer_time
-from zimage_fp8.model.z_image import TOKEN_MULTIPLE, pad_captions
 from zimage_fp8.provenance import commit, machine, versions
 from zimage_fp8.quant.method import Method
 from zimage_fp8.quantize import CalibrationOptions, quantize
@@ -66,15 +62,6 @@ VARIANTS = (
     Variant("bf16_base", dtype="bfloat16"),
 )
 BASELINE = VARIANTS[0].name
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Encoded prompts and drawn noise; `groups`: positions whose captions share a bucket."""
-
-    captions: list[Tensor]
-    noise: Tensor
-    groups: list[list[int]]
 
 
 def main() -> int:
@@ -132,8 +119,8 @@ def measure(
 ) -> dict[str, object]:
     """Every variant against the unquantized model of the same dtype; written as it grows."""
     base = load_pipeline("nano", dtype=dtype, device=device)
-    scenes = encode(base, prompts)
-    exact = draw(base, scenes)
+    requests = requests_of(prompts)
+    exact = draw(base, requests)
     found: dict[str, dict[str, object]] = {}
     report[dtype] = found
     for variant in variants:
@@ -142,7 +129,7 @@ def measure(
         if variant.policy is None and of == dtype:
             continue  # the reference itself
         pipeline = load_pipeline(made[variant.name], dtype=of, device=device, share=base)
-        values = psnr_db(draw(pipeline, scenes), exact)
+        values = psnr_db(draw(pipeline, requests), exact)
         found[variant.name] = {"method": asdict(variant.method), **summary(values)}
         if (plain := found.get(BASELINE)) is not None:
             found[variant.name]["above_baseline"] = paired(values, np.array(plain["psnr_db"]))
@@ -152,42 +139,28 @@ def measure(
     return dict(found)
 
 
-def encode(pipeline: Pipeline, prompts: Sequence[str]) -> Scenes:
-    with torch.inference_mode():
-        captions = [pipeline.text.encode(prompt) for prompt in prompts]
-    requests = [
+def requests_of(prompts: Sequence[str]) -> list[ImageRequest]:
+    return [
         ImageRequest(prompt, SIZE, SIZE, steps=STEPS, seed=FIRST_SEED + index)
         for index, prompt in enumerate(prompts)
     ]
-    buckets: dict[int, list[int]] = {}
-    for index, caption in enumerate(captions):
-        buckets.setdefault(-(-len(caption) // TOKEN_MULTIPLE), []).append(index)
-    noise = torch.cat([pipeline.draw_latent(request) for request in requests])
-    return Scenes(captions, noise, list(buckets.values()))
 
 
-@torch.inference_mode()
-def draw(pipeline: Pipeline, scenes: Scenes) -> np.ndarray:
-    """uint8 [prompts, height, width, 3]. Several prompts at a time, each with its own latent."""
-    latents = torch.empty_like(scenes.noise)
-    model, sigmas = pipeline.transformer, schedule(STEPS, pipeline.shift)
-    for chosen in batches(scenes, BATCH):
-        captions = [scenes.captions[i].to(pipeline.dtype) for i in chosen]
-        refined = model.refine_caption(*pad_captions(captions))
-
-        def velocity(latent: Tensor, sigma: float, refined: Tensor = refined) -> Tensor:
-            t = transformer_time(sigma).to(latent.device).expand(len(latent))
-            out: Tensor = model(latent, t, refined)
-            return -out.float()
-
-        latents[chosen] = denoise(velocity, scenes.noise[chosen], sigmas)
-    return np.stack([pipeline.decoder.decode(latent[None]) for latent in latents])
-
-
-def batches(scenes: Scenes, size: int) -> Iterator[list[int]]:
-    for group in scenes.groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+def draw(pipeline: Pipeline, requests: Sequence[ImageRequest]) -> np.ndarray:
+    """uint8 [prompts, height, width, 3]. Those of one shape are drawn several at a time."""
+    shapes: dict[Hashable, list[int]] = {}
+    for index, request in enumerate(requests):
+        shapes.setdefault(pipeline.shape(request), []).append(index)
+    pictures: dict[int, np.ndarray] = {}
+    for alike in shapes.values():
+        for start in range(0, len(alike), BATCH):
+            chosen = alike[start : start + BATCH]
+            drawings = [pipeline.begin(requests[index]) for index in chosen]
+            while not drawings[0].is_done:
+                pipeline.step(drawings)
+            finished = (pipeline.finish(drawing).pixels for drawing in drawings)
+            pictures.update(zip(chosen, finished, strict=True))
+    return np.stack([pictures[index] for index in range(len(requests))])
 
 
 def psnr_db(pictures: np.ndarray, exact: np.ndarray) -> np.ndarray:
