@@ -60,3 +60,22 @@ def test_a_product_on_the_cpu_takes_no_seconds(monkeypatch: pytest.MonkeyPatch) 
         .isfinite()
         .all()
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["e4m3", "int8"])
+@pytest.mark.parametrize("token_scale", [False, True])
+@pytest.mark.parametrize("row_scale", [False, True])
+@pytest.mark.parametrize(("dtype", "least_db"), [(torch.bfloat16, 50), (torch.float32, 60)])
+def test_a_gpu_takes_every_combination(
+    format: str, token_scale: bool, row_scale: bool, dtype: torch.dtype, least_db: float
+) -> None:
+    q, weight = codes(63, 64, seed=0), codes(96, 64, seed=1)
+    if format == "int8":
+        q, weight = ((x.float() / 4).to(torch.int8) for x in (q, weight))
+    scale = torch.rand(63, 1) + 0.1 if token_scale else torch.tensor(0.37)
+    weight_scale = torch.rand(96) + 0.1 if row_scale else torch.tensor(0.011)
+    arguments = (q, scale, weight, weight_scale)
+    got = scaled_mm(*(x.cuda() for x in arguments), dtype).cpu()
+    assert got.dtype == dtype
+    assert sqnr_db(got, scaled_mm_reference(*arguments, dtype)) > least_db
