@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zimage_fp8.kernels.activation import Activation
-from zimage_fp8.kernels.language import runs_triton, tl, triton
+from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.scaled_mm import scaled_mm
 
 
@@ -148,7 +148,7 @@ def _triton_tma(
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     tiles = -(-rows // tile.m) * -(-columns // tile.n)
     # A constant of the GPU, not of the shape: otherwise every size of picture would compile anew.
-    programs = tile.per_sm * _multiprocessors(weight.device)
+    programs = tile.per_sm * multiprocessors(weight.device)
     _tma_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(x.values, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
@@ -206,13 +206,6 @@ def _constants(x: Activation, weight_scale: Tensor, tile: Tile) -> dict[str, obj
         "K": tile.k,
         "GROUP": tile.group,
     }
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # Triton's interpreter: more than one program, less than one per tile
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache

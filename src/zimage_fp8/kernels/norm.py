@@ -21,12 +21,13 @@ from zimage_fp8.kernels.activation import (
     encode_reference,
     store_row,
 )
-from zimage_fp8.kernels.language import runs_triton, tl, triton
+from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 
-# One row per program, spread over many warps: 20.4 us for residual_norm to E4M3 at [2112, 3840] on
-# an H200; 27.5 with 8 warps and two rows, 25.2 with 16 warps and two rows, whose vectors are then
-# read once for both.
-WARPS = 16
+# A program walks over rows: the vectors are read once for all of them, and the next row is on its
+# way from memory while this one is summed.
+WARPS = 4
+PROGRAMS_PER_MULTIPROCESSOR = 3
+STAGES = 3
 
 
 def norm(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:
@@ -104,13 +105,17 @@ def _launch(
     if vector is not None:
         result = empty_activation(batch * tokens, dim, out, x)
     launch = Epilogue(out, dim, whole_rows=True)
-    _norm_kernel[(batch * tokens,)](
+    rows = batch * tokens
+    # A constant of the GPU, not of the shape: otherwise every size of picture would compile anew.
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    _norm_kernel[(min(rows, programs),)](
         x,
         x if h is None else h,
         total,
         x if gate is None else gate,
         x if vector is None else vector,
         *launch.pointers(result),
+        rows,
         dim,
         tokens,
         _sample_stride(gate),
@@ -118,6 +123,9 @@ def _launch(
         eps,
         HAS_RESIDUAL=h is not None,
         HAS_NORM=vector is not None,
+        IS_SHARED=_sample_stride(gate) == 0 and _sample_stride(vector) == 0,
+        PROGRAMS=programs,
+        STAGES=STAGES,
         **launch.constants,
         num_warps=max(1, min(WARPS, launch.block // 128)),
     )
@@ -138,6 +146,7 @@ def _norm_kernel(
     vector,
     values,
     scales,
+    rows,
     dim,
     tokens,
     gate_stride,
@@ -145,6 +154,9 @@ def _norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -154,21 +166,30 @@ def _norm_kernel(
 ):
     columns = tl.arange(0, BLOCK)
     mask = columns < dim
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * dim
-    sample = (row // tokens).to(tl.int64)
-    wide = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        gates = tl.load(gate + sample * gate_stride + columns, mask, other=0.0)
-        added = tl.load(h + start + columns, mask, other=0.0).to(tl.float32)
-        rstd = tl.math.rsqrt(tl.sum(added * added, axis=0) / dim + eps)
-        rounded = (wide + added * rstd * gates).to(total.dtype.element_ty)
-        tl.store(total + start + columns, rounded, mask)
-        wide = rounded.to(tl.float32)
-    if HAS_NORM:
-        weights = tl.load(vector + sample * vector_stride + columns, mask, other=0.0)
-        rstd = tl.math.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
-        store_row(
-            wide * rstd * weights, values, scales, row, columns, mask, dim,
-            BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
-        )  # fmt: skip
+    if IS_SHARED:  # one set of vectors, read once for all rows of this program
+        if HAS_RESIDUAL:
+            gates = tl.load(gate + columns, mask, other=0.0)
+        if HAS_NORM:
+            weights = tl.load(vector + columns, mask, other=0.0)
+    first = tl.program_id(0)
+    for index in tl.range(0, tl.cdiv(rows - first, PROGRAMS), num_stages=STAGES):
+        row = first + index * PROGRAMS
+        start = row.to(tl.int64) * dim
+        sample = (row // tokens).to(tl.int64)
+        wide = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            if not IS_SHARED:
+                gates = tl.load(gate + sample * gate_stride + columns, mask, other=0.0)
+            added = tl.load(h + start + columns, mask, other=0.0).to(tl.float32)
+            rstd = tl.math.rsqrt(tl.sum(added * added, axis=0) / dim + eps)
+            rounded = (wide + added * rstd * gates).to(total.dtype.element_ty)
+            tl.store(total + start + columns, rounded, mask)
+            wide = rounded.to(tl.float32)
+        if HAS_NORM:
+            if not IS_SHARED:
+                weights = tl.load(vector + sample * vector_stride + columns, mask, other=0.0)
+            rstd = tl.math.rsqrt(tl.sum(wide * wide, axis=0) / dim + eps)
+            store_row(
+                wide * rstd * weights, values, scales, row, columns, mask, dim,
+                BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
+            )  # fmt: skip
