@@ -28,6 +28,7 @@ from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 3
 STAGES = 3
+STAGED_BYTES = 100 * 2**10  # rows of x and h on their way, in shared memory; wider ones are not
 
 
 def norm(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:
@@ -125,7 +126,7 @@ def _launch(
         HAS_NORM=vector is not None,
         IS_SHARED=_sample_stride(gate) == 0 and _sample_stride(vector) == 0,
         PROGRAMS=programs,
-        STAGES=STAGES,
+        STAGES=STAGES if 2 * STAGES * launch.block * x.element_size() <= STAGED_BYTES else 1,
         **launch.constants,
         num_warps=max(1, min(WARPS, launch.block // 128)),
     )
