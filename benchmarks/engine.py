@@ -289,7 +289,7 @@ def profile(model: RandomModel, policies: list[str], backend: str) -> Iterator[d
                 for _ in range(10 if on_gpu else 1):  # to the clock that lasts
                     loop()
                 with torch.profiler.profile(
-                    activities=[activity.CUDA if on_gpu else activity.CPU]
+                    activities=[activity.CUDA if on_gpu else activity.CPU], acc_events=True
                 ) as recorded:
                     for _ in range(3):
                         loop()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_fp8.bench.table import markdown_table
+from zimage_fp8.engine.profile import group_of
 from zimage_fp8.layout import ZImageConfig
 
 NOT_YET = "Not measured yet."
@@ -81,6 +82,27 @@ def loops_table(results: Path) -> str:
     head = ["policy", "size", "ms", "10 to 90 %", "SM clock, MHz", "W", "runs"]
     what = f"{found['steps']} forwards, batch 1, a caption of {found['caption_tokens']} tokens"
     return _with_facts(found, markdown_table(head, body), f"The denoise loop: {what}")
+
+
+def profile_table(results: Path) -> str:
+    """Where the denoise loop's time goes, by kind of kernel."""
+    found = _read(results / "engine-profile.json")
+    if found is None:
+        return NOT_YET
+    spent: dict[str, list[float]] = {}
+    for column, table in enumerate(found["tables"]):
+        for kernel in table["kernels"]:
+            of_group = spent.setdefault(group_of(kernel["name"]), [0.0] * len(found["tables"]))
+            of_group[column] += kernel["ms"]
+    totals = [sum(column) for column in zip(*spent.values(), strict=True)]
+    body = [
+        [group, *(f"{ms:.1f} ({ms / all_ms:.1%})" for ms, all_ms in zip(row, totals, strict=True))]
+        for group, row in sorted(spent.items(), key=lambda item: -sum(item[1]))
+    ]
+    body.append(["all kernels", *(f"{ms:.1f}" for ms in totals)])
+    sizes = (table["size"].replace("x", "×") for table in found["tables"])
+    table = markdown_table(["kernels", *(f"{size}, ms" for size in sizes)], body)
+    return _with_facts(found, table, f"One denoise loop of `{found['tables'][0]['policy']}`")
 
 
 def kernels_table(results: Path) -> str:

@@ -34,13 +34,8 @@ def envelope() -> Envelope:
         "versions": versions(),
         "commit": commit(),
     }
+    facts |= gpu_facts()
     if torch.cuda.is_available():
-        facts["gpu"] = {
-            "name": torch.cuda.get_device_name(),
-            "capability": list(torch.cuda.get_device_capability()),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
         try:
             import triton
 
@@ -48,6 +43,20 @@ def envelope() -> Envelope:
         except ImportError:
             pass
     return facts
+
+
+def gpu_facts() -> Envelope:
+    """What a result says of the GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": {
+            "name": torch.cuda.get_device_name(),
+            "capability": list(torch.cuda.get_device_capability()),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    }
 
 
 def _without_machine(word: str) -> str:

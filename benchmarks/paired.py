@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpu import gpu_facts
 from zimage_fp8.evaluate import (
     Difference,
     Drawn,
@@ -199,6 +200,7 @@ def begin(file: Path, **facts: object) -> dict[str, object]:
         "prompts": PROMPTS.name,
         **facts,
         "machine": machine(),
+        **gpu_facts(),
         "versions": versions(),
         "commit": commit(),
     }

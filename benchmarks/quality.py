@@ -19,13 +19,16 @@ from zimage_fp8.sensitivity.result import read
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 OUTLIERS, GEMM, SENSITIVITY = "nano-outliers.json", "gemm-error.json", "nano-sensitivity.json"
+OUTLIERS_CPU, QUALITY = "nano-outliers-cpu.json", ("nano-quality.json", "nano-quality-gpu.json")
+PLANS = "nano-plans.json"
+DEVICES, ATTENTION = "nano-devices.json", "nano-attention-bits.json"
 SEARCH, ROUNDINGS, STEPS = "nano-search.json", "nano-roundings.json", "nano-steps.json"
 
 MEANINGS = {
     "full": "`full`: static E4M3, per tensor",
     "full[!context_refiner]": "the same, context refiner in BF16",
     "full-folded": "`full`, channel scales folded",
-    "full-folded, no headroom": "the same without headroom",
+    "full-folded, no headroom": "the same without headroom, on a CPU",
     "fp8-row": "`fp8-row`: E4M3 per row and token",
     "int8-row": "INT8 per row and token",
     "int8-row-folded": "INT8, channel scales folded",
@@ -54,11 +57,13 @@ def outlier_table(results: Path) -> str:
     most = max(
         len(cell["pictures"]) for cells in found["ratios"].values() for cell in cells.values()
     )
+    on_cpu = json.loads((results / OUTLIERS_CPU).read_text())
     rows = []
     for name, meaning in MEANINGS.items():
-        cells = [found["ratios"][ratio].get(name) for ratio in ratios]
+        of = found if name in found["ratios"][ratios[0]] else on_cpu
+        cells = [of["ratios"][ratio].get(name) for ratio in ratios]
         if any(cells):
-            beside = _paired(cells[0], found["ratios"][ratios[0]].get("full"))
+            beside = _paired(cells[0], of["ratios"][ratios[0]].get("full"))
             rows.append([meaning, *(_counted(cell, most) for cell in cells), beside])
     head = ["mean PSNR, dB", *(_ratio(float(ratio)) for ratio in ratios), "first, minus `full`"]
     return "\n\n".join(
@@ -141,8 +146,82 @@ def step_table(results: Path) -> str:
     return f"{markdown_table(['', 'gain, dB'], rows)}\n\n{_made(found)}"
 
 
+def agreement_table(results: Path) -> str:
+    """The same formats on a CPU and on a GPU, prompt by prompt where both drew the prompt."""
+    rows = []
+    cpu, gpu = (json.loads((results / name).read_text()) for name in QUALITY)
+    for name in cpu["bfloat16"]:
+        pair = [found["bfloat16"][name]["psnr_db"] for found in (cpu, gpu)]
+        rows.append([name, "BF16, no outliers", *_agreement(*pair)])
+    cpu, gpu = (json.loads((results / name).read_text()) for name in (OUTLIERS_CPU, OUTLIERS))
+    places = [found["order"] for found in (cpu, gpu)]
+    for ratio in cpu["ratios"]:
+        for name in PROMISED:
+            values = [
+                dict(zip(place, _values(found["ratios"][ratio][name]), strict=False))
+                for place, found in zip(places, (cpu, gpu), strict=True)
+            ]
+            both = sorted(values[0].keys() & values[1].keys())
+            pair = [[of[place] for place in both] for of in values]
+            rows.append([name, f"FP32, {_ratio(float(ratio))}", *_agreement(*pair)])
+    head = ["", "the rest of the model", "prompts", "CPU, dB", f"{gpu['gpu']['name']}, dB"]
+    return markdown_table([*head, "GPU minus CPU"], rows)
+
+
+def _agreement(cpu: Sequence[float], gpu: Sequence[float]) -> list[str]:
+    gains = [b - a for a, b in zip(cpu, gpu, strict=True)]
+    spread = 1.96 * stdev(gains) / math.sqrt(len(gains))
+    difference = f"{fmean(gains):+.1f} ± {spread:.1f}"
+    return [f"{len(gains)}", f"{fmean(cpu):.1f}", f"{fmean(gpu):.1f}", difference]
+
+
+def device_table(results: Path) -> str:
+    """Pictures of the fast engine on a GPU beside the plain model's on a CPU."""
+    found = json.loads((results / DEVICES).read_text())
+    keys = ("between_devices_db", "gpu_to_exact_db", "cpu_to_exact_db")
+    rows = [
+        [f"`{row['policy']}`", row["dtype"]]
+        + [f"{row[key]['mean']:.1f} ({row[key]['least']:.1f})" for key in keys]
+        for row in found["rows"]
+    ]
+    head = ["policy", "dtype", "GPU to CPU, dB", "GPU to exact, dB", "CPU to exact, dB"]
+    versions = (f"{name} {version}" for name, version in found["versions"].items())
+    command = f"`python benchmarks/{' '.join(found['command'])}`"
+    facts = [found["gpu"]["name"], *versions, f"commit {found['commit']}", command]
+    return (
+        f"{markdown_table(head, rows)}\n\nMeans over {found['prompts']} prompts, the lowest in "
+        f"parentheses. Exact: the unquantized model in FP32 on the CPU.\n\n"
+        f"<sub>{' · '.join(facts)}</sub>"
+    )
+
+
+def attention_table(results: Path) -> str:
+    """What attention in 8 bits would cost, by simulation."""
+    found = json.loads((results / ATTENTION).read_text())
+    forms = list(dict.fromkeys(row["attention"] for row in found["rows"]))
+    by = {(row["policy"], row["attention"]): row for row in found["rows"]}
+    rows = []
+    for policy in dict.fromkeys(row["policy"] for row in found["rows"]):
+        cells = []
+        for form in forms:
+            row = by[policy, form]
+            if above := row.get("above_16_bits"):
+                low, high = above["mean_ci95"]
+                cells.append(f"{above['mean']:+.1f} ({low:+.1f} to {high:+.1f})")
+            else:
+                cells.append(f"{row['mean']:.1f}")
+        rows.append([f"`{policy}`", *cells])
+    head = ["mean PSNR, dB; then changes", *forms]
+    versions = (f"{name} {version}" for name, version in found["versions"].items())
+    facts = [*versions, f"commit {found['commit']}", f"`{found['command']}`"]
+    return (
+        f"{markdown_table(head, rows)}\n\n{found['prompts']} prompts, paired, with 95 % intervals."
+        f"\n\n<sub>{' · '.join(facts)}</sub>"
+    )
+
+
 def _made(found: dict) -> str:
-    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else "CUDA"]
+    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else found["gpu"]["name"]]
     facts += [f"{name} {version}" for name, version in found["versions"].items()]
     facts += ["blocks compiled"] if found.get("compiled") else []
     facts += [f"commit {found['commit']}", f"`{found['command']}`"]
@@ -280,6 +359,22 @@ def _elsewhere(found: dict) -> list[str]:
     )
     head = ["mean PSNR, dB", f"`{baseline['policy']}` alone", "the plan", "gain"]
     return [markdown_table(head, rows), text]
+
+
+def plans_table(results: Path) -> str:
+    """The search's plans on prompts that it has not seen: paired gains over `int8-rot`."""
+    found, searched = (json.loads((results / name).read_text()) for name in (PLANS, SEARCH))
+    seen = {f"{it['point']['cost']:.0f}": it["quality"]["mean"] for it in searched["verified"]}
+    before = searched["baseline"]["seen"]["mean"]
+    alone, rows = found["plans"]["int8-rot"], []
+    for name, cell in found["plans"].items():
+        if name != "int8-rot":
+            gain, mean = _paired(cell, alone), f"{cell['summary']['mean']:.1f}"
+            rows.append([f"{float(name) / 1e6:.1f} MB", f"{seen[name] - before:+.1f}", gain, mean])
+    count = f"{alone['summary']['pictures']} unseen prompts"
+    head = ["plan", "gain on the prompts of the search, dB", f"gain on {count}", "mean there"]
+    note = f"`int8-rot` alone draws {alone['summary']['mean']:.1f} dB there."
+    return "\n\n".join([markdown_table(head, rows), note, _made(found)])
 
 
 def _kept_share(found: dict) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpu import gpu_facts
 from zimage_fp8.bench.statistics import mean_interval
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
@@ -84,6 +85,7 @@ def main() -> int:
         "baseline": BASELINE,
         "versions": versions(),
         "machine": machine(),
+        **gpu_facts(),
         "commit": commit(),
     }
     with tempfile.TemporaryDirectory() as folder:

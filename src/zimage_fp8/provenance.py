@@ -6,12 +6,14 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from zimage_fp8 import __version__
+
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python, and what computes pictures."""
-    found = {"zimage-fp8": _version("zimage-fp8"), "python": platform.python_version()}
+    found = {"zimage-fp8": __version__, "python": platform.python_version()}
     return found | {name: _version(name) for name in PACKAGES}
 
 

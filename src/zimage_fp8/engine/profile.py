@@ -111,7 +111,7 @@ def profile(
     picture_ms = (time.perf_counter() - before) * 1000
     is_cuda = pipeline.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])
-    with record(activities=activities) as recorded:
+    with record(activities=activities, acc_events=True) as recorded:
         profiled = _draw(pipeline, request)
 
     spent = {stage: 1000 * s for stage, s in profiled.timings_s.items()}

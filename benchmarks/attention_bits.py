@@ -1,0 +1,124 @@
+"""What attention in 8 bits would cost nano's pictures, by simulation on any device.
+
+    python benchmarks/attention_bits.py
+
+Each form rounds what a kernel of that form rounds, and computes the rest in FP32:
+
+e4m3       q, k, v with one scale a head, and the probabilities times 2^8: FlashAttention-3's FP8.
+e4m3-qk    q and k alone, probabilities and v in 16 bits.
+int8-qk    q and k in INT8 with a scale per token, k less its mean: SageAttention's idea.
+
+Every form is drawn under several policies, from the latents of the unquantized FP32 model, and
+compared with the same policy without it, prompt by prompt.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import quality_nano
+from zimage_fp8.kernels.attention import attention
+from zimage_fp8.model import z_image
+from zimage_fp8.model.calibration import read_prompts
+from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.numerics import amax, dequantize, quantize, scale_of
+from zimage_fp8.provenance import commit, machine, versions
+
+RESULT = quality_nano.HERE / "results" / "nano-attention-bits.json"
+POLICIES = (None, "full", "int8-rot")
+P_SCALE = 2.0**8  # of the largest probability; FlashAttention-3 shifts by as much
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def rounded(x: Tensor, format: str, *, per_token: bool) -> Tensor:
+    """x [batch, heads, tokens, head_dim] through 8 bits: a scale per head, or one per token too."""
+    flat = x.float().flatten(0, 2) if per_token else x.float().flatten(0, 1).flatten(1)
+    scale = scale_of(amax(flat, per_row=True), format)
+    return dequantize(quantize(flat, scale, format), scale).reshape(x.shape)
+
+
+def e4m3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (rounded(x.transpose(1, 2), "e4m3", per_token=False) for x in (q, k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp() * P_SCALE
+    total = weights.sum(-1, keepdim=True)
+    mixed = weights.to(torch.float8_e4m3fn).float() @ v / total
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def e4m3_qk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q8, k8 = (rounded(x.transpose(1, 2), "e4m3", per_token=False).transpose(1, 2) for x in (q, k))
+    return attention(q8, k8, v.float())
+
+
+def int8_qk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.float() - k.float().mean(1, keepdim=True)  # softmax does not see what all keys share
+    q8, k8 = (rounded(x.transpose(1, 2), "int8", per_token=True).transpose(1, 2) for x in (q, k))
+    return attention(q8, k8, v.float())
+
+
+FORMS: dict[str, Attention | None] = {
+    "16 bits": None,
+    "e4m3": e4m3,
+    "e4m3-qk": e4m3_qk,
+    "int8-qk": int8_qk,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--limit", type=int, default=48, help="prompts")
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    requests = quality_nano.requests_of(read_prompts(quality_nano.PROMPTS)[: given.limit])
+    exact_model = load_pipeline("nano", dtype="float32", device=given.device)
+    exact = quality_nano.draw(exact_model, requests)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for policy in POLICIES:
+            variant = quality_nano.Variant(policy or "bf16_base", policy)
+            made = quality_nano.make(variant, Path(folder), given.device)
+            pipeline = load_pipeline(made, device=given.device)
+            plain: np.ndarray | None = None
+            for name, form in FORMS.items():
+                with patch.object(z_image, "attention", in_dtype(form) if form else attention):
+                    pipeline.captions.clear()
+                    values = quality_nano.psnr_db(quality_nano.draw(pipeline, requests), exact)
+                row = {"policy": variant.name, "attention": name} | quality_nano.summary(values)
+                if plain is None:
+                    plain = values
+                else:
+                    row["above_16_bits"] = quality_nano.paired(values, plain)
+                rows.append(row)
+                print(f"{variant.name:10} {name:8} {values.mean():6.2f} dB", flush=True)
+    report = {
+        "command": shlex.join(["python", "benchmarks/attention_bits.py", *sys.argv[1:]]),
+        "prompts": len(requests),
+        "size": "256x256",
+        "steps": quality_nano.STEPS,
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "rows": rows,
+    }
+    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def in_dtype(form: Attention) -> Attention:
+    return lambda q, k, v: form(q, k, v).to(q.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
