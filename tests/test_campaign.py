@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,10 @@ def test_a_failure_costs_nothing_but_itself_and_the_budget_ends_it(
     assert [one.outcome for one in done] == ["failed", "done", "stopped"]
     assert (tmp_path / "bad.log").read_text() == "no model\n"
     assert (tmp_path / "too-long.log").read_text() == "ended\n"
+    left = tmp_path / "elsewhere.json"
+    leaves = step("leaves a record", f"open({str(left)!r}, 'w').write('1')")
+    campaign.run_all([replace(leaves, record=left)], tmp_path, 60)
+    assert (tmp_path / "leaves-a-record.json").read_text() == "1"
     monkeypatch.undo()
     (late,) = campaign.run_all([step("late", "print(1)")], tmp_path, 5)
     assert late.outcome == "not started"
@@ -43,7 +48,10 @@ def test_every_step_is_a_script_with_a_file_of_its_own(tmp_path: Path, scale: st
     todo = campaign.steps(tmp_path, tmp_path, scale)
     assert len({one.name for one in todo}) == len(todo)
     results = [word for one in todo for word in one.command if word.endswith(".json")]
-    assert len(set(results)) == len(results) == len(todo) - 2  # model and checkpoint write none
+    records = [one.record for one in todo if one.record is not None]
+    assert len({*results, *records}) == len(todo) - 2  # model and checkpoint write none
+    for one in todo:
+        assert one.record is None or str(one.record.parent) == one.command[-1]
     for one in todo:
         assert one.command[1] == "-m" or Path(one.command[1]).is_file()
 

@@ -123,6 +123,17 @@ def test_a_ladder_says_milliseconds_and_the_whole_gain() -> None:
     assert re.search(r"prefers-color-scheme:dark", svg)
 
 
+def test_a_long_explanation_stays_inside_the_ladder() -> None:
+    """An early one began left of the picture: it is anchored at its end."""
+    what = "one kernel per norm, gate and rotation; adaLN once per timestep, and a little more"
+    svg = ladder([Rung("fused", what, {"1024x512": 300})], "t")
+    assert what not in texts(svg)
+    lines = [it for it in parsed(svg).iter(f"{SPACE}text") if it.attrib.get("text-anchor") == "end"]
+    assert " ".join(what.split()) == " ".join((it.text or "") for it in lines if it.text in what)
+    for line in lines:
+        assert float(line.attrib["x"]) > text_width(line.text or "", 11)
+
+
 def test_a_ladder_without_rungs_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a rung"):
         ladder([], "t")

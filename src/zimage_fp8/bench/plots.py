@@ -1,5 +1,6 @@
 """The plots of reports and docs, each one function from numbers to one SVG text."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -235,7 +236,10 @@ def ladder(rungs: Sequence[Rung], title: str) -> str:
     if not rungs:
         raise ValueError("a ladder needs a rung")
     sizes = list(dict.fromkeys(size for rung in rungs for size in rung.ms))
-    thick, pad, top, left, end = 15.0, 16.0, 44.0, 250.0, WIDTH - 130.0
+    beside = [textwrap.wrap(rung.what, 40) for rung in rungs]
+    widest = max(text_width(line, 11) for lines in beside for line in [*lines, ""])
+    left = 24 + max(widest, *(text_width(rung.name, 13) for rung in rungs))
+    thick, pad, top, end = 15.0, 16.0, 44.0, WIDTH - 130.0
     step = thick * len(sizes) + pad
     canvas = Canvas(WIDTH, top + step * len(rungs) + 4)
     x_scale = Scale(0, max(ms for rung in rungs for ms in rung.ms.values()), left, end)
@@ -249,8 +253,11 @@ def ladder(rungs: Sequence[Rung], title: str) -> str:
     for index, rung in enumerate(rungs):
         y = top + index * step
         middle = y + thick * len(sizes) / 2
-        canvas.text(left - 14, middle - 2, rung.name, size=13, anchor="end", css="bold")
-        canvas.text(left - 14, middle + 13, rung.what, size=11, anchor="end", css="muted")
+        first_line = middle + 4.5 - 6.5 * len(beside[index])
+        canvas.text(left - 14, first_line, rung.name, size=13, anchor="end", css="bold")
+        for number, line in enumerate(beside[index], 1):
+            at = first_line + 1 + 13 * number
+            canvas.text(left - 14, at, line, size=11, anchor="end", css="muted")
         for place, size in enumerate(sizes):
             if size in rung.ms:
                 ms, row = rung.ms[size], y + place * thick
