@@ -49,7 +49,7 @@ from zimage_fp8.outliers import (
 )
 from zimage_fp8.quant import fold
 from zimage_fp8.quant.calibrate import FOLDED_HEADROOM, Calibration
-from zimage_fp8.quant.policy import ALWAYS_KEPT, INT8_ROW, Policy, Rule, find_policy
+from zimage_fp8.quant.policy import ALWAYS_KEPT, INT8_ROW, PRESETS, Policy, Rule, find_policy
 
 RESULT = paired.HERE / "results" / "nano-outliers.json"
 PROVEN_ON = 1  # pictures whose latents are compared bit for bit at every ratio
@@ -70,12 +70,13 @@ class Form:
 
 
 def forms() -> dict[str, Form]:
-    """By name, from the plain to the last; INT8 without rotation is no preset."""
+    """By name: what the story is about, from the plain to the last, then the other presets. INT8
+    without rotation is no preset."""
     rules = (Rule(pattern, INT8_ROW, "INT8 without rotation") for pattern in BLOCKS)
     rest = Rule("*", None, "not in a block")
     plain = Policy("int8-row", "INT8 without rotation.", (*ALWAYS_KEPT, *rules, rest))
     full = find_policy("full")
-    return {
+    found = {
         "full": Form(full),
         "full[!context_refiner]": Form(find_policy("full[!context_refiner]")),
         "fp8-row": Form(find_policy("fp8-row")),
@@ -85,6 +86,8 @@ def forms() -> dict[str, Form]:
         "int8-row-folded": Form(plain, is_folded=True),
         "int8-rot": Form(find_policy("int8-rot")),
     }
+    others = (name for name in PRESETS if name not in (*found, "bf16_base"))
+    return found | {name: Form(find_policy(name)) for name in others}
 
 
 def main() -> int:
@@ -92,6 +95,9 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--few", type=int, default=8, help="prompts of all but what is promised")
     parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
+    parser.add_argument(
+        "--only", nargs="+", choices=forms(), metavar="FORM", help="these forms, on channels alone"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--strip", type=Path, help="only draw one prompt in some formats, as PNG")
     given = parser.parse_args()
@@ -110,8 +116,10 @@ def main() -> int:
     )
     pipeline = load_pipeline("nano", dtype="float32")
     calibration = calibrate(pipeline, source)
-    variants = on_channels(source, pipeline, calibration, found["ratios"], given.few)
-    variants |= on_tokens(source, pipeline, calibration, found["tokens"], given.few)
+    chosen = {name: form for name, form in forms().items() if name in (given.only or forms())}
+    variants = on_channels(source, pipeline, calibration, found["ratios"], given.few, chosen)
+    if not given.only:
+        variants |= on_tokens(source, pipeline, calibration, found["tokens"], given.few)
     if given.compile:
         paired.compile_blocks()
     paired.measure(variants, pipeline, given.prompts, found, lambda: paired.write(found, given.out))
@@ -124,8 +132,9 @@ def on_channels(
     calibration: Calibration,
     cells: dict[str, paired.Cells],
     few: int,
+    chosen: Mapping[str, Form],
 ) -> paired.Variants:
-    """Every form at every ratio, on the model with that ratio planted."""
+    """The chosen forms at every ratio, on the model with that ratio planted."""
     found = {}
     for ratio, folder in planted(source, RATIOS):
         loud = load_pipeline(str(folder), dtype="float32", share=pipeline)
@@ -133,7 +142,7 @@ def on_channels(
         factors = channel_factors(pipeline.transformer.config, ratio, CHANNELS, 0)
         known = multiplied(calibration, factors)  # powers of two: nothing to measure anew
         of_ratio = cells.setdefault(f"{ratio:g}", {})
-        for name, form in forms().items():
+        for name, form in chosen.items():
             layers = layers_of(form, folder, loud, known)
             limit = None if is_promised(ratio, name) else few
             found["channels", ratio, name] = (

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 OUTLIERS, GEMM, SENSITIVITY = "nano-outliers.json", "gemm-error.json", "nano-sensitivity.json"
 OUTLIERS_CPU, QUALITY = "nano-outliers-cpu.json", ("nano-quality.json", "nano-quality-gpu.json")
-PLANS = "nano-plans.json"
+PLANS, POLICIES = "nano-plans.json", "nano-outliers-policies.json"
 DEVICES, ATTENTION = "nano-devices.json", "nano-attention-bits.json"
 SEARCH, ROUNDINGS, STEPS = "nano-search.json", "nano-roundings.json", "nano-steps.json"
 
@@ -76,6 +76,19 @@ def outlier_table(results: Path) -> str:
             _made(found),
         ]
     )
+
+
+def policy_table(results: Path) -> str:
+    """Every policy on planted channels: all layers of a part in E4M3, few prompts."""
+    found = json.loads((results / POLICIES).read_text())
+    ratios = list(found["ratios"])
+    cells = {
+        name: [found["ratios"][ratio][name] for ratio in ratios] for name in found["ratios"]["1"]
+    }
+    rows = [[f"`{name}`", *(_counted(cell, 0) for cell in of)] for name, of in cells.items()]
+    head = ["mean PSNR, dB", *(_ratio(float(ratio)) for ratio in ratios)]
+    count = len(next(iter(cells.values()))[0]["pictures"])
+    return "\n\n".join([markdown_table(head, rows), f"{count} prompts.", _made(found)])
 
 
 def outlier_losses(results: Path) -> str:

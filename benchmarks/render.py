@@ -325,6 +325,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-roundings": quality.rounding_table,
     "nano-steps": quality.step_table,
     "nano-tokens": quality.token_table,
+    "nano-outliers-policies": quality.policy_table,
     "nano-plans": quality.plans_table,
     "nano-quality": quality.methods_table,
     "nano-search": quality.search_table,

@@ -36,6 +36,9 @@ CASES = [
 ]
 WIDTHS = {"cpu": (192, 768, 1280), "cuda": (192, 512, 3840, 10240)}
 
+# Per sample: more rows than programs, so that each walks over several.
+TOKENS = {"cpu": 32, "cuda": 500}
+
 
 def randn(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +101,7 @@ def test_encode(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None
 def test_norm(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
     out = output(spec, device)
     for width in WIDTHS[device]:
-        x = randn(2, 32, width, device=device, dtype=dtype)
+        x = randn(2, TOKENS[device], width, device=device, dtype=dtype)
         x[1, 5] = 0
         vector = randn(2, 5, width, device=device, seed=1)[:, 2]  # strided, as the engine's is
         actual = norm.norm_triton(x, vector, 1e-5, out)
@@ -113,13 +116,16 @@ def test_one_vector_for_all_samples(device: str) -> None:
     agree(actual, norm.norm_reference(x, vector, 1e-5, Output()), Output(), torch.float32)
 
 
+@pytest.mark.parametrize("vectors", [1, 2])  # one for all samples, or one each
 @pytest.mark.parametrize(("device", "dtype", "spec"), CASES)
-def test_residual_norm(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
+def test_residual_norm(
+    device: str, dtype: torch.dtype, spec: QuantSpec | None, vectors: int
+) -> None:
     out = output(spec, device)
     for width in WIDTHS[device]:
-        x = randn(2, 32, width, device=device, dtype=dtype)
-        h = randn(64, width, device=device, dtype=dtype, seed=2)
-        table = randn(2, 5, width, device=device, seed=1)
+        x = randn(2, TOKENS[device], width, device=device, dtype=dtype)
+        h = randn(2 * TOKENS[device], width, device=device, dtype=dtype, seed=2)
+        table = randn(vectors, 5, width, device=device, seed=1)
         gate, vector = table[:, 1], table[:, 2]
         total, actual = norm.residual_norm_triton(x, h, gate, vector, 1e-5, out)
         expected_total = norm.residual_reference(x, h, gate, 1e-5)

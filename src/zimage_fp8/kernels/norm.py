@@ -7,7 +7,7 @@ the next linear layer reads it (`kernels.activation`), so no norm output ever go
 
 Exactness against the references: the sum of squares is added in another order, an fp32 ulp of the
 row's scale. BF16 values and 8-bit codes then agree except where a value lies within that ulp of a
-rounding boundary: at most one in 1e4, by one step (tests/kernels/test_norm.py).
+rounding boundary: at most one in 1e4, by one step (tests/kernels/test_fused.py).
 """
 
 import torch
@@ -23,12 +23,13 @@ from zimage_fp8.kernels.activation import (
 )
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 
-# A program walks over rows: the vectors are read once for all of them, and the next row is on its
-# way from memory while this one is summed.
+# A program walks over rows: the vectors are read once for all of them, and the next two rows are on
+# their way from memory while this one is summed. residual_norm to E4M3 at [2112, 3840] on an H200:
+# 17.3 us, with one row on its way 23; a program per row took 18.6.
 WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 3
 STAGES = 3
-STAGED_BYTES = 100 * 2**10  # rows of x and h on their way, in shared memory; wider ones are not
+STAGED_BYTES = 64 * 2**10  # rows of x and h on their way, in shared memory; wider ones are not
 
 
 def norm(x: Tensor, vector: Tensor, eps: float, out: Output) -> Activation:

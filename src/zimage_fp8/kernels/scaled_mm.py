@@ -33,7 +33,8 @@ def scaled_mm(
     # this takes milliseconds. Vectors it takes only from PyTorch 2.12 on.
     if not q.is_cuda:
         return scaled_mm_reference(q, scale, weight, weight_scale, dtype)
-    if (scale.ndim or weight_scale.ndim) and dtype != torch.bfloat16:  # vectors take BF16 alone
+    # PyTorch's row-wise products are made for BF16; anything else is scaled here, and rounded once.
+    if (scale.ndim or weight_scale.ndim) and dtype != torch.bfloat16:
         one = torch.ones((), device=q.device)
         total = torch._scaled_mm(q, weight.T, one, one, out_dtype=torch.float32)
         return (total * scale * weight_scale).to(dtype)
