@@ -27,7 +27,7 @@ def test_a_failure_costs_nothing_but_itself_and_the_budget_ends_it(
     todo = [
         step("bad", "raise SystemExit('no model')"),
         step("good", "print(1)"),
-        step("too long", interrupted, minutes=3 / 60),
+        step("too long", interrupted, minutes=10 / 60),
     ]
     done = campaign.run_all(todo, tmp_path, 60)
     assert [one.outcome for one in done] == ["failed", "done", "stopped"]
