@@ -13,8 +13,6 @@ compared with the same policy without it, prompt by prompt.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,12 +24,12 @@ import torch
 from torch import Tensor
 
 import quality_nano
+from gpu import envelope, write_rows
 from zimage_fp8.kernels.attention import attention
 from zimage_fp8.model import z_image
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.numerics import amax, dequantize, quantize, scale_of
-from zimage_fp8.provenance import commit, machine, versions
 
 RESULT = quality_nano.HERE / "results" / "nano-attention-bits.json"
 POLICIES = (None, "full", "int8-rot")
@@ -102,17 +100,9 @@ def main() -> int:
                     row["above_16_bits"] = quality_nano.paired(values, plain)
                 rows.append(row)
                 print(f"{variant.name:10} {name:8} {values.mean():6.2f} dB", flush=True)
-    report = {
-        "command": shlex.join(["python", "benchmarks/attention_bits.py", *sys.argv[1:]]),
-        "prompts": len(requests),
-        "size": "256x256",
-        "steps": quality_nano.STEPS,
-        "versions": versions(),
-        "machine": machine(),
-        "commit": commit(),
-        "rows": rows,
-    }
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    size = f"{quality_nano.SIZE}x{quality_nano.SIZE}"
+    facts = envelope() | {"prompts": len(requests), "size": size, "steps": quality_nano.STEPS}
+    write_rows(given.out, facts, "rows", rows)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Everything that a GPU has to measure, what matters most first, within a budget of minutes.
 
     python benchmarks/campaign.py OUT --work DIR --minutes 28
-    python benchmarks/campaign.py OUT --work DIR --only model "full-size bench"
+    python benchmarks/campaign.py OUT --work DIR --only model "full-size gpu"
     python benchmarks/campaign.py OUT --work DIR --minutes 10 --scale tiny    a dry run, anywhere
 
 Each step is a script of this folder in a process of its own. Scripts write their results after

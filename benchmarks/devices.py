@@ -9,15 +9,13 @@ the devices is how far they are from that.
 """
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 
-from gpu import DEVICE, envelope
-from quality_nano import PROMPTS, draw, psnr_db, requests_of
+from gpu import DEVICE, envelope, write_rows
+from quality_nano import PROMPTS, SIZE, STEPS, draw, psnr_db, requests_of
 from zimage_fp8.engine.loading import EngineOptions, load_pipeline
 from zimage_fp8.model.calibration import read_prompts
 
@@ -43,28 +41,26 @@ def main() -> None:
             requests,
         )
 
-    exact = pictures("cpu", "plain", None, "float32")
-    rows = []
-    for name, policy, dtype in VARIANTS:
-        fast = pictures(str(DEVICE), "fused", policy, dtype)
-        plain = pictures("cpu", "plain", policy, dtype)
-        row = {
-            "policy": name,
-            "dtype": dtype,
-            "between_devices_db": summary(psnr_db(fast, plain)),
-            "gpu_to_exact_db": summary(psnr_db(fast, exact)),
-            "cpu_to_exact_db": summary(psnr_db(plain, exact)),
-        }
-        rows.append(row)
-        print(
-            {key: value if isinstance(value, str) else value["mean"] for key, value in row.items()}
-        )
-        facts = envelope() | {"prompts": given.prompts, "size": "256x256", "steps": 8}
-        given.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    def rows() -> Iterator[dict[str, object]]:
+        exact = pictures("cpu", "plain", None, "float32")
+        for name, policy, dtype in VARIANTS:
+            fast = pictures(str(DEVICE), "fused", policy, dtype)
+            plain = pictures("cpu", "plain", policy, dtype)
+            pairs = {
+                "between_devices_db": psnr_db(fast, plain),
+                "gpu_to_exact_db": psnr_db(fast, exact),
+                "cpu_to_exact_db": psnr_db(plain, exact),
+            }
+            print(name, dtype, {key: round(float(it.mean()), 1) for key, it in pairs.items()})
+            found = {key: summary(values) for key, values in pairs.items()}
+            yield {"policy": name, "dtype": dtype, **found}
+
+    facts = envelope() | {"prompts": given.prompts, "size": f"{SIZE}x{SIZE}", "steps": STEPS}
+    write_rows(given.out, facts, "rows", rows())
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": mean(map(float, values)), "least": float(min(values))}
+def summary(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "least": float(values.min())}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ quantized layers: BF16's own rounding would hide INT8's error. The prompts are s
 not trained on, a third of them long.
 """
 
-import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,14 +89,11 @@ def forms() -> dict[str, Form]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=200)
+    parser = paired.parser(__doc__, 200, RESULT)
     parser.add_argument("--few", type=int, default=8, help="prompts of all but what is promised")
-    parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
     parser.add_argument(
         "--only", nargs="+", choices=forms(), metavar="FORM", help="these forms, on channels alone"
     )
-    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--strip", type=Path, help="only draw one prompt in some formats, as PNG")
     given = parser.parse_args()
 
@@ -110,7 +105,6 @@ def main() -> int:
         given.out,
         reference_latents_equal=PROVEN_ON,
         compiled=given.compile,
-        command=shlex.join(["python", "benchmarks/outliers.py", *sys.argv[1:]]),
         ratios={},
         tokens={},
     )

@@ -5,8 +5,10 @@ next batch is begun: whenever a run ends, or is ended, all variants have drawn t
 later run with more prompts goes on where the file ends.
 """
 
+import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -182,6 +184,15 @@ def as_json(known: list[Difference]) -> dict[str, object]:
     return {"summary": summary, "pictures": [asdict(it) for it in known]}
 
 
+def parser(doc: str, prompts: int, out: Path) -> argparse.ArgumentParser:
+    """The options that these benchmarks share."""
+    found = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    found.add_argument("--prompts", type=int, default=prompts)
+    found.add_argument("--compile", action="store_true", help="compile blocks: half the time")
+    found.add_argument("--out", type=Path, default=out)
+    return found
+
+
 def begin(file: Path, **facts: object) -> dict[str, object]:
     """What `file` holds, or the head of a new result. Ends the program where the device differs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,6 +210,7 @@ def begin(file: Path, **facts: object) -> dict[str, object]:
         "device": device,
         "prompts": PROMPTS.name,
         **facts,
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "machine": machine(),
         **gpu_facts(),
         "versions": versions(),

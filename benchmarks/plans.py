@@ -6,16 +6,14 @@ Every plan that the search of results/nano-search.json drew, and that is heavier
 alone, draws the first of the 200 prompts; the search chose by others.
 """
 
-import argparse
 import json
-import shlex
 import sys
 import tempfile
 from pathlib import Path
 
+import outliers
 import paired
 from zimage_fp8.evaluate import quantized_modules
-from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.source import find_model
 from zimage_fp8.quant.policy import Policy, find_policy
@@ -28,16 +26,10 @@ BASELINE = "int8-rot"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    given = parser.parse_args()
-    command = shlex.join(["python", "benchmarks/plans.py", *sys.argv[1:]])
-    found = paired.begin(given.out, compiled=given.compile, command=command, plans={})
+    given = paired.parser(__doc__, 48, RESULT).parse_args()
+    found = paired.begin(given.out, compiled=given.compile, plans={})
     source, pipeline = find_model("nano"), load_pipeline("nano", dtype="float32")
-    settings = CalibrationSettings.default(source, pipeline.default_size)
-    calibration = run_calibration(pipeline, source, settings)
+    calibration = outliers.calibrate(pipeline, source)
     variants = {}
     for name, policy in plans(json.loads(SEARCH.read_text())).items():
         layers = quantized_modules(source, policy, pipeline, calibration)

@@ -198,14 +198,11 @@ def device_table(results: Path) -> str:
         for row in found["rows"]
     ]
     head = ["policy", "dtype", "GPU to CPU, dB", "GPU to exact, dB", "CPU to exact, dB"]
-    versions = (f"{name} {version}" for name, version in found["versions"].items())
-    command = f"`python benchmarks/{' '.join(found['command'])}`"
-    facts = [found["gpu"]["name"], *versions, f"commit {found['commit']}", command]
-    return (
-        f"{markdown_table(head, rows)}\n\nMeans over {found['prompts']} prompts, the lowest in "
-        f"parentheses. Exact: the unquantized model in FP32 on the CPU.\n\n"
-        f"<sub>{' · '.join(facts)}</sub>"
+    note = (
+        f"Means over {found['prompts']} prompts, the lowest in parentheses. Exact: the unquantized "
+        "model in FP32 on the CPU."
     )
+    return "\n\n".join([markdown_table(head, rows), note, _made(found)])
 
 
 def attention_table(results: Path) -> str:
@@ -225,19 +222,18 @@ def attention_table(results: Path) -> str:
                 cells.append(f"{row['mean']:.1f}")
         rows.append([f"`{policy}`", *cells])
     head = ["mean PSNR, dB; then changes", *forms]
-    versions = (f"{name} {version}" for name, version in found["versions"].items())
-    facts = [*versions, f"commit {found['commit']}", f"`{found['command']}`"]
-    return (
-        f"{markdown_table(head, rows)}\n\n{found['prompts']} prompts, paired, with 95 % intervals."
-        f"\n\n<sub>{' · '.join(facts)}</sub>"
-    )
+    note = f"{found['prompts']} prompts, paired, with 95 % intervals."
+    return "\n\n".join([markdown_table(head, rows), note, _made(found)])
 
 
 def _made(found: dict) -> str:
-    facts = [found["machine"]["cpu"] if found["device"] == "cpu" else found["gpu"]["name"]]
+    command = found["command"]
+    if isinstance(command, list):  # as `gpu.envelope` writes it
+        command = f"python benchmarks/{' '.join(command)}"
+    facts = [found["gpu"]["name"] if "gpu" in found else found["machine"]["cpu"]]
     facts += [f"{name} {version}" for name, version in found["versions"].items()]
     facts += ["blocks compiled"] if found.get("compiled") else []
-    facts += [f"commit {found['commit']}", f"`{found['command']}`"]
+    facts += [f"commit {found['commit']}", f"`{command}`"]
     return f"<sub>{' · '.join(facts)}</sub>"
 
 

@@ -8,11 +8,8 @@ that is nearly constant is rounded the same way in all tokens, steps and prompts
 weights, the same prompts.
 """
 
-import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,16 +27,11 @@ FORMS = ("full", "full-folded")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = paired.parser(__doc__, 24, RESULT).parse_args()
     source = find_model("nano")
     found = paired.begin(
         given.out,
         compiled=given.compile,
-        command=shlex.join(["python", "benchmarks/roundings.py", *sys.argv[1:]]),
         factors={},
     )
     pipeline = load_pipeline("nano", dtype="float32")

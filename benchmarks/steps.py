@@ -7,8 +7,6 @@ step of `full` divides its inputs by what calibration saw in that very step, wit
 planted outliers, instead of by the largest of all steps. The context refiner belongs to no step.
 """
 
-import argparse
-import shlex
 import sys
 from collections.abc import Mapping
 from itertools import count
@@ -35,16 +33,11 @@ SCALES_AT = (1.0, 1e5)  # ratios of planted channels
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--compile", action="store_true", help="compile blocks: half the time")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = paired.parser(__doc__, 24, RESULT).parse_args()
     source = find_model("nano")
     found = paired.begin(
         given.out,
         compiled=given.compile,
-        command=shlex.join(["python", "benchmarks/steps.py", *sys.argv[1:]]),
         unquantized={},
         scales={},
     )
