@@ -2,7 +2,8 @@
 
 One replay costs the host some ten microseconds whatever it holds; launching the three hundred
 kernels of a denoise step one by one can cost it more time than the GPU needs to run them. All
-graphs share one memory pool, so many shapes cost little more than the largest.
+graphs share one memory pool and one stream, and so does the run before each capture, in which
+kernels are compiled: many shapes cost little more than the largest, a new one no second copy.
 """
 
 import logging
@@ -21,7 +22,6 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     output: Tensor
-    reserved_bytes: int
 
 
 class GraphCache:
@@ -34,15 +34,22 @@ class GraphCache:
         self.device = device
         self.capacity = capacity
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._stream = None
+        if device.type == "cuda":
+            # cuBLAS keeps a workspace per stream, the allocator blocks per stream: one serves all.
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._pool = _new_pool(device)
 
     def __len__(self) -> int:
         return len(self._captured)
 
     @property
     def reserved_bytes(self) -> int:
-        """Device memory that the captured graphs made PyTorch reserve, their shared pool."""
-        return sum(captured.reserved_bytes for captured in self._captured.values())
+        """Device memory of the shared pool, in use or not."""
+        if self._pool is None:
+            return 0
+        segments = self._pool.snapshot()  # type: ignore[no-untyped-call]
+        return sum(int(segment["total_size"]) for segment in segments)
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, replayed from the graph of `key` once that is captured.
@@ -75,23 +82,27 @@ class GraphCache:
 
     def forget(self) -> None:
         """Drop every graph and its memory; the next run captures again."""
-        self._captured.clear()
+        self._captured.clear()  # first: a pool must outlive what was captured in it
         if self._pool is not None:
+            self._pool = _new_pool(self.device)
             torch.cuda.empty_cache()
-            self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
+        assert self._pool is not None and self._stream is not None
         statics = tuple(value.clone() for value in inputs)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            function(*statics)  # compiles Triton kernels, lets libraries choose algorithms
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # what the warm-up took; the graph takes its own again
-        before = torch.cuda.memory_reserved(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        # compiles Triton kernels, lets libraries choose algorithms
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self.device):
+            function(*statics)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        pool = self._pool.id
+        # PyTorch's stubs know only graph_pool_handle()'s type, the same pair of integers.
+        with torch.cuda.graph(graph, pool, self._stream):  # type: ignore[arg-type]
             output = function(*statics)
-        reserved = torch.cuda.memory_reserved(self.device) - before
-        return _Captured(graph, statics, output, max(0, reserved))
+        return _Captured(graph, statics, output)
+
+
+def _new_pool(device: torch.device) -> torch.cuda.MemPool:
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool()
