@@ -115,3 +115,25 @@ def test_twenty_sizes_need_the_memory_of_the_largest(policy: str) -> None:
     for size in sizes:
         draw(*size)
     assert reserved() <= first * 1.05 + 2**22
+
+
+@pytest.mark.gpu
+def test_a_cache_in_a_cycle_is_not_collected_while_another_captures() -> None:
+    """As a model that nobody draws with any more may be, at any allocation."""
+
+    def abandon() -> None:
+        graphs, x = GraphCache(CUDA), torch.ones(16, device=CUDA)
+        graphs.run("key", Counted(), x, x)
+        cycle: list[object] = [graphs]
+        cycle.append(cycle)
+
+    def collecting(x: Tensor) -> Tensor:
+        for _ in range(3000):  # would trigger a collection many times over
+            garbage: list[object] = []
+            garbage.append(garbage)
+        return x + 1
+
+    x = torch.ones(16, device=CUDA)
+    for key in range(3):
+        abandon()
+        same_bits(GraphCache(CUDA).run(key, collecting, x).clone(), x + 1)

@@ -6,9 +6,11 @@ graphs share one memory pool and one stream, and so does the run before each cap
 kernels are compiled: many shapes cost little more than the largest, a new one no second copy.
 """
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -88,19 +90,35 @@ class GraphCache:
             torch.cuda.empty_cache()
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
-        assert self._pool is not None and self._stream is not None
+        assert self._pool is not None
+        assert self._stream is not None
         statics = tuple(value.clone() for value in inputs)
+        # While allocations go to the pool, PyTorch cannot take free memory from elsewhere.
+        torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        # compiles Triton kernels, lets libraries choose algorithms
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self.device):
-            function(*statics)
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = self._pool.id
-        # PyTorch's stubs know only graph_pool_handle()'s type, the same pair of integers.
-        with torch.cuda.graph(graph, pool, self._stream):  # type: ignore[arg-type]
-            output = function(*statics)
+        with _no_garbage_collection():
+            # compiles Triton kernels, lets libraries choose algorithms
+            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+                function(*statics)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = self._pool.id
+            # PyTorch's stubs know only graph_pool_handle()'s type, the same pair of integers.
+            with torch.cuda.graph(graph, pool, self._stream):  # type: ignore[arg-type]
+                output = function(*statics)
         return _Captured(graph, statics, output)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """PyTorch ends the process when another cache's pool is collected while it fills this one."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _new_pool(device: torch.device) -> torch.cuda.MemPool:
