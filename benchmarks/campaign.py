@@ -103,7 +103,7 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
             *("full-size gpu", 9, str(model)),
             *("--profile", str(HERE / "full-size-speed.toml") if is_full else "quick"),
             *(() if is_full else ("--size", "64x64", "--runs", "2", "--warmup", "1")),
-            *("--policies", "online_fp8", "--policies", "full", "--policies", "online_int8-rot"),
+            *("--policies", "bf16_base", "--policies", "online_fp8", "--policies", "full"),
             *("--no-quality", "random weights"),
         ),
         bench(

@@ -1,5 +1,8 @@
 """CUDA graphs by key; without CUDA the functions run as they are."""
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,22 +121,14 @@ def test_twenty_sizes_need_the_memory_of_the_largest(policy: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cache_in_a_cycle_is_not_collected_while_another_captures() -> None:
-    """As a model that nobody draws with any more may be, at any allocation."""
-
-    def abandon() -> None:
-        graphs, x = GraphCache(CUDA), torch.ones(16, device=CUDA)
-        graphs.run("key", Counted(), x, x)
-        cycle: list[object] = [graphs]
-        cycle.append(cycle)
-
-    def collecting(x: Tensor) -> Tensor:
-        for _ in range(3000):  # would trigger a collection many times over
-            garbage: list[object] = []
-            garbage.append(garbage)
-        return x + 1
-
-    x = torch.ones(16, device=CUDA)
-    for key in range(3):
-        abandon()
-        same_bits(GraphCache(CUDA).run(key, collecting, x).clone(), x + 1)
+def test_what_a_function_reads_lives_as_long_as_its_graph() -> None:
+    """A table that only the function holds: freed, its memory would be another tensor's."""
+    graphs, x = GraphCache(CUDA, capacity=1), torch.ones(16, device=CUDA)
+    table = torch.full((16,), 5.0, device=CUDA)
+    seen = weakref.ref(table)
+    graphs.run("key", partial(torch.add, table), x)
+    del table
+    same_bits(graphs.run("key", torch.add, x).clone(), torch.full((16,), 6.0, device=CUDA))
+    assert seen() is not None
+    graphs.run("another", torch.neg, x)
+    assert seen() is None

@@ -2,8 +2,7 @@
 
 One replay costs the host some ten microseconds whatever it holds; launching the three hundred
 kernels of a denoise step one by one can cost it more time than the GPU needs to run them. All
-graphs share one memory pool and one stream, and so does the run before each capture, in which
-kernels are compiled: many shapes cost little more than the largest, a new one no second copy.
+graphs share one memory pool, so many shapes cost little more than the largest.
 """
 
 import gc
@@ -22,8 +21,10 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
+    function: Callable[..., Tensor]  # and with it what it reads, whose addresses the graph knows
     inputs: tuple[Tensor, ...]
     output: Tensor
+    reserved_bytes: int
 
 
 class GraphCache:
@@ -36,29 +37,23 @@ class GraphCache:
         self.device = device
         self.capacity = capacity
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._pool = self._stream = None
-        if device.type == "cuda":
-            # cuBLAS keeps a workspace per stream, the allocator blocks per stream: one serves all.
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._pool = _new_pool(device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._captured)
 
     @property
     def reserved_bytes(self) -> int:
-        """Device memory of the shared pool, in use or not."""
-        if self._pool is None:
-            return 0
-        segments = self._pool.snapshot()  # type: ignore[no-untyped-call]
-        return sum(int(segment["total_size"]) for segment in segments)
+        """Device memory that the captured graphs made PyTorch reserve, their shared pool."""
+        return sum(captured.reserved_bytes for captured in self._captured.values())
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`, replayed from the graph of `key` once that is captured.
 
         The key must determine shapes, dtypes, and every tensor that `function` reads besides its
-        inputs. `function` must not synchronize or allocate what outlives it. The result is a static
-        buffer: use or copy it before the next `run` of any key.
+        inputs; `function` must hold those, and is kept as long as its graph. It must not
+        synchronize or allocate what outlives it. The result is a static buffer: use or copy it
+        before the next `run` of any key.
         """
         if self._pool is None:
             return function(*inputs)
@@ -84,34 +79,31 @@ class GraphCache:
 
     def forget(self) -> None:
         """Drop every graph and its memory; the next run captures again."""
-        self._captured.clear()  # first: a pool must outlive what was captured in it
+        self._captured.clear()
         if self._pool is not None:
-            self._pool = _new_pool(self.device)
             torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
-        assert self._pool is not None
-        assert self._stream is not None
         statics = tuple(value.clone() for value in inputs)
-        # While allocations go to the pool, PyTorch cannot take free memory from elsewhere.
-        torch.cuda.empty_cache()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with _no_garbage_collection():
-            # compiles Triton kernels, lets libraries choose algorithms
-            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-                function(*statics)
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            pool = self._pool.id
-            # PyTorch's stubs know only graph_pool_handle()'s type, the same pair of integers.
-            with torch.cuda.graph(graph, pool, self._stream):  # type: ignore[arg-type]
-                output = function(*statics)
-        return _Captured(graph, statics, output)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            function(*statics)  # compiles Triton kernels, lets libraries choose algorithms
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what the warm-up took; the graph takes its own again
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with _no_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
+            output = function(*statics)
+        reserved = torch.cuda.memory_reserved(self.device) - before
+        return _Captured(graph, function, statics, output, max(0, reserved))
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """PyTorch ends the process when another cache's pool is collected while it fills this one."""
+    """A graph that is collected frees memory, which must not happen while one is captured."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -119,8 +111,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _new_pool(device: torch.device) -> torch.cuda.MemPool:
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool()

@@ -16,6 +16,7 @@ On the CPU the kernels are their references: the sequence itself is tested witho
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,9 @@ class FusedTransformer:
         if self._last_step is not None:
             self._last_step.synchronize()
         key = ("step", self._owner, *(tuple(x.shape) for x in (latent, vectors, caption)))
-        output = self.graphs.run(key, self._step, latent, vectors, caption).clone()
+        rope = image_rope(self.config, *latent.shape[-2:], caption.shape[1], self.device)
+        step = partial(self._step, rope)  # which the graph keeps: the table may leave its cache
+        output = self.graphs.run(key, step, latent, vectors, caption).clone()
         if self.device.type == "cuda":
             self._last_step, self._this_step = self._this_step, _event()
             self._this_step.record()
@@ -162,11 +165,10 @@ class FusedTransformer:
         final: Tensor = self._final.adaLN_modulation(time)
         return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
 
-    def _step(self, latent: Tensor, vectors: Tensor, caption: Tensor) -> Tensor:
+    def _step(self, rope: Tensor, latent: Tensor, vectors: Tensor, caption: Tensor) -> Tensor:
         height, width = latent.shape[-2:]
         num_image, num_caption = (height // PATCH) * (width // PATCH), caption.shape[1]
         x: Tensor = self.transformer.all_x_embedder[PATCH_KEY](patchify(latent.to(self.dtype)))
-        rope = image_rope(self.config, height, width, num_caption, self.device)
         if (missing := len(rope) - num_image) > 0:
             x = torch.cat([x, self.transformer.x_pad_token.expand(len(x), missing, -1)], dim=1)
         x = self._blocks(self.refiner, x, rope, vectors)

@@ -13,7 +13,7 @@ attended; nothing is masked. Captions of one padded length may share a batch, ot
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +217,7 @@ class ZImageTransformer(nn.Module):
 # As ordinary tensors even under inference mode, since a later training step may meet them.
 
 
-@lru_cache(maxsize=16)
+@cache  # lengths are few, and CUDA graphs know the tables by their addresses
 @torch.inference_mode(False)
 def caption_rope(config: ZImageConfig, tokens: int, device: torch.device) -> Tensor:
     return rope_table(caption_positions(tokens), config.axes_dims, config.rope_theta).to(device)
