@@ -1,6 +1,8 @@
 """The command line as a person meets it: output, exit codes, sentences."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import pytest
 from zimage_fp8.cli import main
 
 PROMPT = "a 3d icon of a red apple on a teal background"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """The command line in this process, from an empty folder: a process per case costs seconds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERMINAL_WIDTH", "200")  # so that no sentence is wrapped
+    for name in ALLOCATOR:  # set and unset, so that what a run sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def run(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["zimage-fp8", *arguments])
@@ -53,6 +59,37 @@ def test_several_pictures_count_their_seeds_up(run: Run, tmp_path: Path) -> None
     assert json.loads(drawn.stdout) == ["b-0.png", "b-1.png"]
     facts = json.loads(run("inspect", "b-1.png", "--json").stdout)
     assert facts["seed"] == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's segments grow on Linux only")
+@pytest.mark.parametrize("given", [None, *ALLOCATOR])
+def test_gpu_memory_grows_in_place_unless_somebody_chose(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    if given is not None:
+        monkeypatch.setenv(given, "backend:native")
+    assert run("generate", PROMPT, "--n", "0").code == 2
+    expected = {given: "backend:native"} if given else {ALLOCATOR[0]: "expandable_segments:True"}
+    assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == expected
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve"])
+def test_the_allocator_is_chosen_before_torch_is_imported(verb: str) -> None:
+    script = f"""
+import sys
+from zimage_fp8.cli import main
+
+def chosen():
+    print("torch" in sys.modules)
+    sys.exit()
+
+sys.modules["zimage_fp8.cli.{verb}"].let_segments_grow = chosen
+sys.argv = ["zimage-fp8", "{verb}", "nano"]
+main()
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "False"), ended.stderr
 
 
 @pytest.mark.parametrize("name", ["SAGE_ATTN", "FLASH_ATTN", "nonsense"])

@@ -15,6 +15,7 @@ from zimage_fp8.cli.options import (
     Offload,
     PolicyName,
     TextEncoderPrecision,
+    let_segments_grow,
     parse_size,
 )
 from zimage_fp8.terminal import emit, progress
@@ -55,6 +56,8 @@ def generate(
 
     zimage-fp8 generate "a 3d icon of a red apple on a teal background" -o apple.png
     """
+    let_segments_grow()
+
     from zimage_fp8.engine import EngineOptions, load_pipeline
     from zimage_fp8.generate import check_early, check_path, profile_to
     from zimage_fp8.generate import generate as draw

@@ -1,5 +1,7 @@
 """What the verbs' modules share: the app, and the options that several verbs take."""
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -80,3 +82,15 @@ def parse_bytes(size: str | None) -> int | None:
         return int(float(number.rstrip("KMG")) * factor)
     except (ValueError, OverflowError):
         raise UsageError(f"{size!r} is no size in bytes; write 12G or 30M") from None
+
+
+def let_segments_grow() -> None:
+    """Have PyTorch, which must not be imported yet, keep GPU memory in segments that grow in place.
+
+    Segments of fixed size that a small picture has left are of no use to a larger one. Measured on
+    an H200 with `full`: 14.2 instead of 14.5 GiB at 1024x512, then 14.6 instead of 15.3 at
+    1024x1024, the same speed. Who sets PyTorch's variable is obeyed. Only Linux has such segments.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"

@@ -12,6 +12,7 @@ from zimage_fp8.cli.options import (
     EngineName,
     Offload,
     TextEncoderPrecision,
+    let_segments_grow,
 )
 
 
@@ -118,6 +119,8 @@ def serve(
 
     zimage-fp8 serve nano --policy online_fp8 --port 8000
     """
+    let_segments_grow()
+
     from zimage_fp8.engine import EngineOptions
     from zimage_fp8.serve import ServeOptions, api_keys
     from zimage_fp8.serve import serve as run
