@@ -41,7 +41,7 @@ from zimage_fp8.bench.sections import (
     Section,
     render_markdown,
 )
-from zimage_fp8.bench.statistics import percentile_interval, summarize
+from zimage_fp8.bench.statistics import MIN_SAMPLES, percentile_interval, summarize
 from zimage_fp8.bench.summary import (
     first_pictures,
     goodput_per_s,
@@ -129,7 +129,8 @@ def _certainty(record: Record) -> Iterator[Block]:
             [
                 f"Quality, pass {one.name}: means with 95 % intervals over prompts, then the "
                 f"worst tenth. The last columns compare with {rival.name} picture by picture; "
-                "`not distinguishable` means that the interval of the difference holds zero. "
+                "`not distinguishable` means that the interval of the difference holds zero, or "
+                f"that fewer than {MIN_SAMPLES} prompts give none. "
                 "Noise floors are BF16 against itself: what lies above one is as close as BF16."
             ]
         )
