@@ -132,3 +132,14 @@ def test_what_a_function_reads_lives_as_long_as_its_graph() -> None:
     assert seen() is not None
     graphs.run("another", torch.neg, x)
     assert seen() is None
+
+
+@pytest.mark.gpu
+def test_captures_do_not_each_keep_a_workspace_of_cublas() -> None:
+    graphs, x = GraphCache(CUDA), torch.randn(512, 512, device=CUDA, dtype=torch.bfloat16)
+    graphs.run(0, torch.mm, x, x)
+    first = torch.cuda.memory_allocated()
+    for key in range(1, 6):
+        graphs.run(key, torch.mm, x, x)
+    # Inputs and result are half a MiB each; a workspace is 8 MiB at least.
+    assert torch.cuda.memory_allocated() - first < 5 * 2 * 2**20

@@ -37,7 +37,11 @@ class GraphCache:
         self.device = device
         self.capacity = capacity
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._stream = None
+        if device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            # For every first run: cuBLAS keeps a workspace per stream, 32 MiB on Hopper.
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -86,11 +90,11 @@ class GraphCache:
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
         statics = tuple(value.clone() for value in inputs)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
             function(*statics)  # compiles Triton kernels, lets libraries choose algorithms
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what the warm-up took; the graph takes its own again
         before = torch.cuda.memory_reserved(self.device)
