@@ -150,6 +150,7 @@ class _Doubling:
     def _double(self, window: Tensor) -> Tensor:
         """[1, channels, rows + 2, width] -> [1, out channels, 2 rows, 2 width], channels_last."""
         kinds = F.conv2d(window, self.weight, padding=(0, 1))  # [1, 4 out, rows + 1, width + 1]
+        kinds = kinds.contiguous(memory_format=torch.channels_last)  # which it is already
         rows, width, out = window.shape[2] - 2, window.shape[3], self.conv.out_channels
         # In memory: row, column, kind of row, kind of column, channel. An odd row's values lie one
         # row further down, an odd column's one to the right.
