@@ -1,5 +1,8 @@
 """Memory between pictures: captions that are kept, and a device that has run full."""
 
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,3 +151,32 @@ def test_a_gpu_that_is_really_full_draws_again_afterwards() -> None:
         assert (pipeline.generate(small).pixels == expected).all()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+FULL_AND_AGAIN = """
+import torch
+from zimage_fp8.engine import EngineOptions, load_pipeline
+from zimage_fp8.errors import OutOfMemory
+from zimage_fp8.model.request import ImageRequest
+
+pipeline = load_pipeline("nano", options=EngineOptions("fused"), device="cuda")
+small = ImageRequest("a red apple on a teal background", 128, 128, steps=1)
+expected = pipeline.generate(small).pixels
+total = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
+try:
+    pipeline.generate(ImageRequest(small.prompt, 2048, 2048, steps=1))
+except OutOfMemory:
+    print((pipeline.generate(small).pixels == expected).all())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grow", [False, True])
+def test_the_engine_draws_again_after_a_full_gpu(grow: bool) -> None:
+    """Graphs and their pool given up and captured anew, with PyTorch's segments of either kind,
+    which are chosen once per process."""
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": f"expandable_segments:{grow}"}
+    command = [sys.executable, "-c", FULL_AND_AGAIN]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.stdout.strip() == "True", ended.stderr
