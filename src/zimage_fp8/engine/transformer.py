@@ -112,8 +112,11 @@ class FusedTransformer:
         if self._last_step is not None:
             self._last_step.synchronize()
         key = ("step", self._owner, *(tuple(x.shape) for x in (latent, vectors, caption)))
-        rope = image_rope(self.config, *latent.shape[-2:], caption.shape[1], self.device)
-        step = partial(self._step, rope)  # which the graph keeps: the table may leave its cache
+        # Made outside the graph, which must not allocate what outlives it, and kept by it, since
+        # tables may leave their cache.
+        of_image = image_rope(self.config, *latent.shape[-2:], caption.shape[1], self.device)
+        of_caption = caption_rope(self.config, caption.shape[1], self.device)
+        step = partial(self._step, of_image, of_caption)
         output = self.graphs.run(key, step, latent, vectors, caption).clone()
         if self.device.type == "cuda":
             self._last_step, self._this_step = self._this_step, _event()
@@ -123,6 +126,7 @@ class FusedTransformer:
     def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
         key = ("caption", self._owner, tuple(caption.shape))
+        caption_rope(self.config, caption.shape[1], self.device)  # made outside the graph, too
         refined = self.graphs.run(key, self.transformer.refine_caption, caption, is_pad)
         return refined.clone()
 
@@ -165,15 +169,22 @@ class FusedTransformer:
         final: Tensor = self._final.adaLN_modulation(time)
         return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
 
-    def _step(self, rope: Tensor, latent: Tensor, vectors: Tensor, caption: Tensor) -> Tensor:
+    def _step(
+        self,
+        of_image: Tensor,
+        of_caption: Tensor,
+        latent: Tensor,
+        vectors: Tensor,
+        caption: Tensor,
+    ) -> Tensor:
         height, width = latent.shape[-2:]
-        num_image, num_caption = (height // PATCH) * (width // PATCH), caption.shape[1]
+        num_image = (height // PATCH) * (width // PATCH)
         x: Tensor = self.transformer.all_x_embedder[PATCH_KEY](patchify(latent.to(self.dtype)))
-        if (missing := len(rope) - num_image) > 0:
+        if (missing := len(of_image) - num_image) > 0:
             x = torch.cat([x, self.transformer.x_pad_token.expand(len(x), missing, -1)], dim=1)
-        x = self._blocks(self.refiner, x, rope, vectors)
+        x = self._blocks(self.refiner, x, of_image, vectors)
         x = torch.cat([x, caption.expand(len(x), -1, -1)], dim=1)
-        rope = torch.cat([rope, caption_rope(self.config, num_caption, self.device)])
+        rope = torch.cat([of_image, of_caption])
         x = self._blocks(self.layers, x, rope, vectors)
         scale = vectors[:, -1:]
         x = (F.layer_norm(x[:, :num_image].float(), x.shape[-1:], eps=1e-6) * scale).to(self.dtype)
