@@ -153,6 +153,22 @@ def test_the_decoders_convolutions_are_counted_without_running_them(tiny: Pipeli
     assert large == 4 * small > 0
 
 
+@pytest.mark.parametrize("engine", ["plain", "fused"])
+def test_the_decoders_work_is_that_of_the_decoder_that_runs(tiny_model: Path, engine: str) -> None:
+    options = EngineOptions(engine)
+    pipeline = load_pipeline(str(tiny_model), options=options, dtype="float32", device="cpu")
+    request = replace(REQUEST, width=512, height=512)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        pipeline.decoder.decode(pipeline.draw_latent(request))
+    ran = sum(
+        count
+        for op, count in counter.get_flop_counts()["Global"].items()
+        if "convolution" in str(op)
+    )
+    stated = work.decode_work(pipeline, request)[CONVOLUTION].flops["fp32"]
+    assert stated == pytest.approx(ran, rel=0.03)  # the fast one's edges are not stated
+
+
 def test_a_share_of_the_ceiling_is_time_against_time() -> None:
     limits = Ceilings({"bf16": 500.0, "e4m3": 1000.0}, 2000.0, "made up")
     assert limits.least_ms(Work({"bf16": 5e11, "e4m3": 1e12})) == pytest.approx(2.0)
