@@ -263,8 +263,11 @@ def _target(
 def _speed(row: dict[str, Any]) -> Sequence[str]:
     if row.get("wrong"):
         return ("wrong", "", "", "")
-    speed = (f"{row['us']:.0f}", f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}")
-    return (*speed, f"{row['reference_us']:.0f}")
+    if "tflops" in row:  # computes more than it moves
+        rate = (f"{row['tflops']:,.0f} TFLOP/s", f"{row['share_of_product']:.0%} of a product")
+    else:
+        rate = (f"{row['gb_per_s']:,.0f}", f"{row['share_of_copy']:.0%}")
+    return (f"{row['us']:.0f}", *rate, f"{row['reference_us']:.0f}")
 
 
 def _with_facts(found: dict[str, Any], table: str, what: str, *, random: bool = True) -> str:

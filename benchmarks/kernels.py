@@ -4,10 +4,10 @@
     python benchmarks/kernels.py --kinds --out kernels-fused.json    no products
     TRITON_INTERPRET=1 python benchmarks/kernels.py --scale tiny --kinds    a dry run
 
-Shapes are the full-size transformer's. Operands are random, finite, and rotated among sets that do
-not fit into the L2 cache together. A kernel whose comparison with the reference fails is printed as
-wrong and gets no speed. `--choices` writes the fastest implementation of every shape as the data
-that the engine reads.
+Shapes are the full-size transformer's and decoder's. Operands are random, finite, and rotated among
+sets that do not fit into the L2 cache together. A kernel whose comparison with the reference fails
+is printed as wrong and gets no speed. `--choices` writes the fastest implementation of every shape
+as the data that the engine reads.
 """
 
 import argparse
@@ -25,12 +25,23 @@ from torch import Tensor
 from fake_model import SCALES
 from gpu import DEVICE, Envelope, elapsed_ms, envelope
 from zimage_fp8.kernels.activation import Activation, Output, encode_reference, encode_triton
+from zimage_fp8.kernels.group_norm import (
+    Normalization,
+    group_moments_reference,
+    group_moments_triton,
+    normalize_window_reference,
+    normalize_window_triton,
+)
 from zimage_fp8.kernels.matmul import Tile, matmul, refusal
 from zimage_fp8.kernels.norm import (
     norm_reference,
     norm_triton,
     residual_norm_reference,
     residual_norm_triton,
+)
+from zimage_fp8.kernels.pixel_attention import (
+    pixel_attention_reference,
+    pixel_attention_triton,
 )
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
 from zimage_fp8.kernels.rope import rope_table
@@ -49,8 +60,14 @@ ROWS = {  # 1024x512 and 1024x1024 with a caption of 64 tokens
     "full": (2112, 4160),
     "tiny": (40, 72),
 }
+# The decoder's: (channels, height, width) of late layers, and (pixels, channels) of its attention
+# at 1024x512 and 1024x1024.
+PICTURES = {"full": ((256, 512, 512), (128, 512, 1024)), "tiny": ((32, 8, 8),)}
+ATTENDED = {"full": ((8192, 512), (16384, 512)), "tiny": ((96, 32),)}
 KINDS = ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector")
 SETS = 4
+# Triton's interpreter multiplies BF16 as integers.
+ATTENTION_DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 MAX_FUSED_ERROR = 2e-3  # a BF16 rounding here and there; codes a step apart are rarer than 1e-4
 
 TILES = (
@@ -262,6 +279,32 @@ SPECS: dict[str, QuantSpec | None] = {
 }
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What a kernel does at least, and how fast this GPU does that.
+
+    amount: bytes that must move, or operations. rate: its name, `gb_per_s` or `tflops`. best: a
+    device copy's, or a large BF16 product's. share: the name of the quotient.
+    """
+
+    amount: float
+    rate: str
+    best: float
+    share: str
+
+    @classmethod
+    def copy(cls, num_bytes: float, gb_per_s: float) -> "Limit":
+        return cls(num_bytes, "gb_per_s", gb_per_s, "share_of_copy")
+
+    @classmethod
+    def product(cls, flops: float, tflops: float) -> "Limit":
+        return cls(flops, "tflops", tflops, "share_of_product")
+
+    def reached(self, us: float) -> dict[str, float]:
+        rate = self.amount / us / (1e3 if self.rate == "gb_per_s" else 1e6)
+        return {self.rate: rate, self.share: rate / self.best}
+
+
 def fused_rows(scale: str) -> list[dict[str, object]]:
     """Every fused kernel in every output format: time and achieved bandwidth."""
     config = SCALES[scale].transformer
@@ -313,9 +356,8 @@ def fused_rows(scale: str) -> list[dict[str, object]]:
                     )
                 )
             for kernel, run, reference, num_bytes in jobs:
-                results.append(
-                    fused_row(kernel, name, rows, run, reference, num_bytes, SETS, copy_gbs)
-                )
+                limit = Limit.copy(num_bytes, copy_gbs)
+                results.append(fused_row(kernel, name, rows, run, reference, limit, SETS))
         results.append(
             fused_row(
                 "qk_norm_rope",
@@ -323,9 +365,60 @@ def fused_rows(scale: str) -> list[dict[str, object]]:
                 rows,
                 lambda i: qk_norm_rope_triton(qkv[i], weight, weight, table, 1e-5),
                 lambda i: qk_norm_rope_reference(qkv[i], weight, weight, table, 1e-5),
-                rows * dim * 8,
+                Limit.copy(rows * dim * 8, copy_gbs),
                 3,
-                copy_gbs,
+            )
+        )
+    return [*results, *decoder_rows(scale, copy_gbs)]
+
+
+def decoder_rows(scale: str, copy_gbs: float) -> list[dict[str, object]]:
+    """The decoder's kernels; their rows are pixels."""
+    results = []
+    for channels, height, width in PICTURES[scale]:
+        shape, pixels = (1, channels, height, width), height * width
+        pictures = [
+            torch.randn(shape, device=DEVICE)
+            .to(torch.bfloat16)
+            .contiguous(memory_format=torch.channels_last)
+            for _ in range(SETS)
+        ]
+        weight, bias = torch.randn(2, channels, device=DEVICE).unbind()
+        by = Normalization(group_moments_reference(pictures[:1], 32, 1e-6), weight, bias, True)
+        jobs = (
+            (
+                "group_moments",
+                "fp32",
+                lambda i, of=pictures: group_moments_triton([of[i]], 32, 1e-6),
+                lambda i, of=pictures: group_moments_reference([of[i]], 32, 1e-6),
+                2,
+            ),
+            (
+                "normalize_window",
+                "bf16",
+                lambda i, of=pictures, by=by: normalize_window_triton(of[i], None, None, by),
+                lambda i, of=pictures, by=by: normalize_window_reference(of[i], None, None, by),
+                4,
+            ),
+        )
+        for kernel, output, run, reference, bytes_each in jobs:
+            limit = Limit.copy(pixels * channels * bytes_each, copy_gbs)
+            results.append(fused_row(kernel, output, pixels, run, reference, limit, SETS))
+    best = product_tflops(8192 if scale == "full" else 64)
+    for pixels, channels in ATTENDED[scale]:
+        q, x = (
+            [torch.randn(pixels, channels, device=DEVICE).to(ATTENTION_DTYPE) for _ in range(SETS)]
+            for _ in range(2)
+        )
+        results.append(
+            fused_row(
+                "pixel_attention",
+                "bf16",
+                pixels,
+                lambda i, q=q, x=x: pixel_attention_triton(q[i], x[i]),
+                lambda i, q=q, x=x: pixel_attention_reference(q[i], x[i]),
+                Limit.product(4 * pixels**2 * channels, best),
+                SETS,
             )
         )
     return results
@@ -337,22 +430,21 @@ def fused_row(
     rows: int,
     run: Callable[[int], object],
     reference: Callable[[int], object],
-    num_bytes: int,
+    limit: Limit,
     sets: int,
-    copy_gbs: float,
 ) -> dict[str, object]:
     # In place kernels change their input: the reference goes first, on another set.
     expected = _values(reference(1))
     error = relative_error(_values(run(1)), expected)
     if error > MAX_FUSED_ERROR:
-        print(f"{kernel:14} {output:12} {rows:5} WRONG: relative error {error:.1e}")
+        print(f"{kernel:16} {output:12} {rows:6} WRONG: relative error {error:.1e}")
         return {"kernel": kernel, "output": output, "rows": rows, "wrong": True, "error": error}
     us = median_us(run, sets=sets)
     reference_us = median_us(reference, sets=sets, budget_ms=10)
-    gbs = num_bytes / us / 1e3
+    reached = limit.reached(us)
     print(
-        f"{kernel:14} {output:12} {rows:5} {us:7.1f} us {gbs:6.0f} GB/s "
-        f"({gbs / copy_gbs:4.0%} of copy), reference {reference_us:7.1f} us",
+        f"{kernel:16} {output:12} {rows:6} {us:7.1f} us {reached[limit.rate]:6.0f} {limit.rate} "
+        f"({limit.share} {reached[limit.share]:4.0%}), reference {reference_us:7.1f} us",
         flush=True,
     )
     return {
@@ -361,8 +453,7 @@ def fused_row(
         "rows": rows,
         "relative_error": error,
         "us": us,
-        "gb_per_s": gbs,
-        "share_of_copy": gbs / copy_gbs,
+        **reached,
         "reference_us": reference_us,
     }
 
@@ -384,6 +475,13 @@ def copy_bandwidth(count: int) -> float:
     target = torch.empty_like(source)
     us = median_us(lambda _: target.copy_(source), sets=1)
     return 2 * source.nbytes / us / 1e3
+
+
+def product_tflops(side: int) -> float:
+    """Operations per second of a square BF16 product, in TFLOP/s."""
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    us = median_us(lambda _: torch.mm(a, b), sets=1)
+    return 2 * side**3 / us / 1e6
 
 
 def compile_ahead(processes: int) -> None:

@@ -84,11 +84,18 @@ def test_kernels_show_the_fastest_product_and_no_speed_where_wrong(tmp_path: Pat
         {"kernel": "device copy", "gb_per_s": 2600.0},
         FUSED | right,
         FUSED | {"kernel": "gated", "wrong": True, "error": 0.5},
+        FUSED
+        | {"kernel": "pixel_attention", "us": 1720.0, "tflops": 320.0}
+        | {"share_of_product": 0.4, "reference_us": 4120.0},
     ]
     text = engine_tables.kernels_table(write(tmp_path, "kernels.json", gemm=gemm, fused=fused))
     assert "| `w2` | e4m3-scalar | 2,112 | triton | 90 | 1,846 |" in text
     assert "| `norm` | bf16 | 2,112 | 10 | 1,300 | 50% | 80 |" in text
     assert "| `gated` | bf16 | 2,112 | wrong |  |  |  |" in text
+    attention = (
+        "| `pixel_attention` | bf16 | 2,112 | 1720 | 320 TFLOP/s | 40% of a product | 4120 |"
+    )
+    assert attention in text
     assert "A device copy moves 2,600 GB/s" in text
     assert "**NVIDIA H200**" in text
 
