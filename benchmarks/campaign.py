@@ -78,6 +78,13 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
     eager, compiled = out / "baselines.json", out / "baselines-compiled.json"
     return [
         script("model", 5, "fake_model.py", model, *scaled),
+        bench(
+            *("full-size gpu", 9, str(model)),
+            *("--profile", str(HERE / "full-size-speed.toml") if is_full else "quick"),
+            *(() if is_full else ("--size", "64x64", "--runs", "2", "--warmup", "1")),
+            *("--policies", "bf16_base", "--policies", "online_fp8", "--policies", "full"),
+            *("--no-quality", "random weights"),
+        ),
         Step("checkpoint", 4, quantize),
         script("requests", 7, "request.py", *variants, *sizes, "--out", out / "gpu-request.json"),
         script("loops", 5, "engine.py", *scaled, *seconds, "--out", loops),
@@ -98,13 +105,6 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
             *("batching", 4, "batching.py", "--model", model, "--policies", "online_fp8"),
             *("--sizes", *(("256x256", "512x512", "1024x512") if is_full else ("64x32",))),
             *("--batches", 1, 2, 4, "--runs", 10, "--out", out / "batching-gpu.json"),
-        ),
-        bench(
-            *("full-size gpu", 9, str(model)),
-            *("--profile", str(HERE / "full-size-speed.toml") if is_full else "quick"),
-            *(() if is_full else ("--size", "64x64", "--runs", "2", "--warmup", "1")),
-            *("--policies", "bf16_base", "--policies", "online_fp8", "--policies", "full"),
-            *("--no-quality", "random weights"),
         ),
         bench(
             *("nano-standard gpu", 9, "nano", "--profile", "nano-standard" if is_full else "nano"),
