@@ -89,8 +89,8 @@ class GraphCache:
             self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
-        statics = tuple(value.clone() for value in inputs)
         assert self._stream is not None
+        statics = tuple(value.clone() for value in inputs)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             function(*statics)  # compiles Triton kernels, lets libraries choose algorithms
