@@ -7,9 +7,20 @@ import torch
 from torch import nn
 
 from zimage_fp8.engine import gemm
-from zimage_fp8.engine.gemm import Choice, Linear, choose, fitting, kind_of, measured
+from zimage_fp8.engine.gemm import (
+    AT_ONCE,
+    GATED,
+    SEPARATE,
+    Choice,
+    Linear,
+    choose,
+    fitting,
+    kind_of,
+    measured,
+)
 from zimage_fp8.kernels.activation import Activation, Output, encode_reference
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile
+from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.layout import ZImageConfig
 from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
@@ -86,9 +97,14 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
         "e4m3-vector": {"cublas-row", "triton-tma", "triton"},
         "int8-vector": {"triton-tma", "triton"},
     }
-    assert choice.implementation in allowed[choice.kind]
-    assert choice.implementation in IMPLEMENTATIONS
-    assert choice.implementation != "triton-tma" or choice.capability >= (9, 0)
+    if choice.kind.endswith(GATED):
+        assert choice.kind.removesuffix(GATED) in allowed.keys() - {"bf16"}
+        assert choice.implementation in (AT_ONCE, SEPARATE)
+    else:
+        assert choice.implementation in allowed[choice.kind]
+        assert choice.implementation in IMPLEMENTATIONS
+    needs_tma = choice.implementation in ("triton-tma", AT_ONCE)
+    assert not needs_tma or choice.capability >= (9, 0)
     assert format == "bf16" or choice.capability >= ((8, 9) if format == "e4m3" else (8, 0))
     assert choice.us > 0
     if choice.implementation.startswith("triton"):
@@ -150,6 +166,46 @@ def test_a_quantized_linear_reads_codes() -> None:
         found = linear(encode_reference(x, linear.reads, torch.float32))
         assert torch.equal(found, quantized(x))
     assert linear.describe() == "e4m3-vector by reference"
+
+
+def linear_of_codes(columns: int, depth: int) -> Linear:
+    weight = torch.randn(columns, depth)
+    (scale,) = weight_scales([weight_amax(weight, E4M3_ROW)], E4M3_ROW)
+    codes = quantize_weight(weight, scale, E4M3_ROW)
+    return Linear(QuantLinear(E4M3_ROW, codes, scale, None), torch.float32)
+
+
+def test_without_a_measurement_the_gate_follows_its_product() -> None:
+    linear = linear_of_codes(64, 32)
+    x = encode_reference(torch.randn(5, 32), linear.reads, torch.float32)
+    assert linear.gates_at_once(5) is None
+    actual, expected = linear.gated(x, Output()), gated(linear(x), Output())
+    assert torch.equal(actual.values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("winners", "at_once", "described"),
+    [
+        ({1000: AT_ONCE}, {1000, 1900, 600}, "triton-gated"),
+        ({1000: SEPARATE}, set(), "cublas-row"),
+        ({1000: AT_ONCE, 4000: SEPARATE}, {1000, 1900, 600}, "cublas-row or triton-gated"),
+    ],
+)
+def test_one_kernel_gates_where_that_was_faster(
+    monkeypatch: pytest.MonkeyPatch, winners: dict[int, str], at_once: set[int], described: str
+) -> None:
+    table = [Choice((9, 0), "e4m3-vector", 1000, 64, 32, "cublas-row", None, 10.0)]
+    table += [
+        Choice((9, 0), "e4m3-vector" + GATED, rows, 64, 32, winner, Tile(), 10.0)
+        for rows, winner in winners.items()
+    ]
+    monkeypatch.setattr(gemm, "fitting", lambda _, kind, *__: [c for c in table if c.kind == kind])
+    choose.cache_clear()
+    linear = linear_of_codes(64, 32)
+    assert linear.describe() == f"e4m3-vector by {described}"
+    rows = (400, 600, 1000, 1900, 2600, 8001)
+    assert {row for row in rows if linear.gates_at_once(row)} == at_once
+    choose.cache_clear()
 
 
 @pytest.mark.gpu

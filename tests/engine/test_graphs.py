@@ -13,7 +13,7 @@ from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.model.request import ImageRequest
 
 CUDA = torch.device("cuda")
-CAPTURE_RUNS = 2  # one to warm up, one recorded
+CAPTURE_RUNS = 1  # recorded, without a run to warm up
 
 
 class Counted:

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from zimage_fp8.kernels.activation import Activation, Output
+from zimage_fp8.kernels.gated_matmul import gated_matmul
 from zimage_fp8.kernels.matmul import Tile, default_implementation, matmul
+from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.quant.linear import QuantLinear
+
+# A product with its gate is measured as the product's kind with this suffix, and won by one kernel
+# of both or by the two one after the other.
+GATED = "-gated"
+AT_ONCE, SEPARATE = "triton-gated", "separate"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,23 @@ class Linear:
         tile = found.tile if found else None
         return matmul(x, self.weight, self.weight_scale, self.dtype, implementation, tile)
 
+    def gated(self, x: Activation, out: Output) -> Activation:
+        """SwiGLU of the product, [tokens, out / 2] as `out` asks for: in one kernel where that was
+        measured to be faster than two."""
+        rows = len(x.values)
+        found = self.gates_at_once(rows)
+        if found is None:
+            product, scales = self.unscaled(x)
+            return gated(product, out, scales)
+        assert self.weight_scale is not None
+        self.chosen[rows] = found.implementation
+        return gated_matmul(x, self.weight, self.weight_scale, out, self.dtype, found.tile)
+
+    def gates_at_once(self, rows: int) -> "Choice | None":
+        """The kernel of both product and gate, where it is the faster way."""
+        found = choose(self.weight.device, self.kind + GATED, rows, *self.weight.shape)
+        return None if found is None or found.implementation == SEPARATE else found
+
     def unscaled(self, x: Activation) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The product, and scales [tokens, 1] and [out] that the reader still has to apply.
 
@@ -89,11 +113,18 @@ class Linear:
 
     def describe(self) -> str:
         """The implementations that ran; before the first picture, those that were measured best."""
-        names = set(self.chosen.values()) or {
-            choice.implementation
-            for choice in fitting(self.weight.device, self.kind, *self.weight.shape)
-        }
+        names = set(self.chosen.values()) or self._measured_best()
         return f"{self.kind} by {' or '.join(sorted(names)) or 'default'}"
+
+    def _measured_best(self) -> set[str]:
+        gates, products = (
+            {
+                choice.implementation
+                for choice in fitting(self.weight.device, kind, *self.weight.shape)
+            }
+            for kind in (self.kind + GATED, self.kind)
+        )
+        return (gates - {SEPARATE}) | (products if not gates or SEPARATE in gates else set())
 
 
 def kind_of(reads: Output, weight_scale: Tensor | None) -> str:

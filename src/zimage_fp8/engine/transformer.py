@@ -28,7 +28,6 @@ from zimage_fp8.kernels.activation import Activation, encode
 from zimage_fp8.kernels.attention import Backend
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope
-from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.layout import PATCH, PATCH_KEY
 from zimage_fp8.model.z_image import (
     Block,
@@ -206,8 +205,7 @@ class FusedTransformer:
                 eps,
                 block.w13.reads,
             )
-            w13, scales = block.w13.unscaled(normed)
-            h = block.w2(gated(w13, block.w2.reads, scales))
+            h = block.w2(block.w13.gated(normed, block.w2.reads))
             gate = _vector(vectors, block, GATE_FFN)
             if following is None:
                 return residual(x, h, gate, eps)

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from zimage_fp8.engine.transformer import FusedTransformer
 from zimage_fp8.engine.vae import FastDecoder
 from zimage_fp8.layout import PATCH, PATCH_KEY, linear_shapes
 from zimage_fp8.model.pipeline import Pipeline
@@ -128,6 +129,15 @@ def plain_format(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
+def _is_gated_at_once(pipeline: Pipeline, stack: str, index: int, tokens: int) -> bool:
+    """Whether the gate is a part of w13's product, and no kernel of its own."""
+    denoiser = pipeline.denoiser
+    if not isinstance(denoiser, FusedTransformer):
+        return False
+    blocks = {"noise_refiner": denoiser.refiner, "layers": denoiser.layers}[stack]
+    return blocks[index].w13.gates_at_once(tokens) is not None
+
+
 def _padded(tokens: int) -> int:
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
@@ -156,14 +166,17 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
                 kind: 1 if plan.spec(f"{stack}.{index}.{kind}") else wide
                 for kind in ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
             }
-            gate_writes = 1 if plan.spec(f"{stack}.{index}.feed_forward.w2") else wide
+            w2 = plan.spec(f"{stack}.{index}.feed_forward.w2")
             dim, ffn = tokens * config.dim, tokens * config.ffn_dim
             # Two gated residuals read x and h and write x; two norms write what is multiplied
             # next; the first norm of a stack has no residual to share its reading of x with.
             normed = reads["attention.to_q"] + reads["feed_forward.w1"]
             kernels["_norm_kernel"] += dim * (normed + 6 * wide + (0 if index else wide))
             kernels["_qk_norm_rope_kernel"] += dim * 4 * wide
-            kernels["_gated_kernel"] += ffn * (2 * wide + gate_writes)
+            if not _is_gated_at_once(pipeline, stack, index, tokens):
+                kernels["_gated_kernel"] += ffn * (2 * wide + (1 if w2 else wide))
+            elif w2 and not w2.is_static:
+                kernels["_encode_kernel"] += ffn * (wide + 1)
             if reads["attention.to_out.0"] == 1:
                 kernels["_encode_kernel"] += dim * (wide + 1)
     return {

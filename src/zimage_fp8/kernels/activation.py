@@ -72,9 +72,15 @@ def encode(x: Tensor, out: Output) -> Activation:
 def encode_triton(x: Tensor, out: Output) -> Activation:
     rows, width = x.shape
     result = empty_activation(rows, width, out, x)
-    launch = Epilogue(out, width)
+    launch = Epilogue(out, width, may_split=True)
     _encode_kernel[(rows, launch.chunks)](
-        x, *launch.pointers(result), x.stride(0), width, **launch.constants, num_warps=launch.warps
+        x,
+        *launch.pointers(result),
+        x.stride(0),
+        width,
+        REST=launch.rest,
+        **launch.constants,
+        num_warps=launch.warps,
     )
     return result
 
@@ -94,16 +100,22 @@ class Epilogue:
     """How a kernel is launched for an output: chunks of a row, warps, compile-time constants.
 
     A scale per token needs the whole row in one program; without one, a row may be cut into chunks
-    where the kernel has no other reason to see all of it.
+    where the kernel has no other reason to see all of it. may_split: whether the kernel can hold a
+    whole row as two blocks, the second of `rest` values.
     """
 
-    def __init__(self, out: Output, width: int, *, whole_rows: bool = False) -> None:
+    def __init__(
+        self, out: Output, width: int, *, whole_rows: bool = False, may_split: bool = False
+    ) -> None:
         spec = out.spec
         per_token = spec is not None and not spec.is_static
         self.block = (
             next_power_of_2(width) if per_token or whole_rows else min(next_power_of_2(width), 2048)
         )
-        self.chunks = -(-width // self.block)
+        self.rest = 0
+        if per_token and may_split and (parts := _two_powers(width)):
+            self.block, self.rest = parts
+        self.chunks = 1 if self.rest else -(-width // self.block)
         self.warps = max(4, min(16, self.block // 512))
         self.constants: dict[str, object] = {
             "BLOCK": self.block,
@@ -117,6 +129,14 @@ class Epilogue:
     def pointers(self, result: Activation) -> tuple[Tensor, Tensor]:
         """Codes and scale; without a scale the codes stand in for the unread pointer."""
         return result.values, result.values if result.scale is None else result.scale
+
+
+def _two_powers(width: int) -> tuple[int, int] | None:
+    """width as a sum of two powers of two, so that a whole row needs no masked lanes: 10,240 is
+    8,192 + 2,048 where one block would have 16,384. The smaller at least a rotation's group."""
+    block = 1 << (width.bit_length() - 1)
+    rest = width - block
+    return (block, rest) if rest >= 256 and not rest & (rest - 1) else None
 
 
 FORMATS: dict[str | None, int] = {None: 0, "e4m3": 1, "int8": 2}
@@ -153,6 +173,22 @@ def store_row(
 
 
 @triton.jit
+def store_two(
+    x, y, values, scales, row, columns, mask, behind, inside, width,
+    BLOCK: tl.constexpr, REST: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    QMAX: tl.constexpr, AMAX_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """`store_row` under one scale per token for a row in two blocks."""
+    y = rotate_block(y, REST, GROUP)
+    x = rotate_block(x, BLOCK, GROUP)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), tl.max(tl.abs(y), axis=0))
+    scale = scale_of_amax(largest, QMAX, AMAX_FLOOR)
+    tl.store(scales + row, scale)
+    store_codes(x, scale, values, row, columns, mask, width, FORMAT, QMAX)
+    store_codes(y, scale, values, row, behind, inside, width, FORMAT, QMAX)
+
+
+@triton.jit
 def scale_of_amax(amax, QMAX: tl.constexpr, AMAX_FLOOR: tl.constexpr):
     return tl.div_rn(tl.maximum(amax, AMAX_FLOOR), QMAX)
 
@@ -161,6 +197,14 @@ def scale_of_amax(amax, QMAX: tl.constexpr, AMAX_FLOOR: tl.constexpr):
 def store_codes(
     x, scale, values, row, columns, mask, width, FORMAT: tl.constexpr, QMAX: tl.constexpr
 ):
+    target = values + row.to(tl.int64) * width + columns
+    q = codes_of(x, scale, FORMAT, QMAX)
+    tl.store(target, q.to(values.dtype.element_ty), mask)
+
+
+@triton.jit
+def codes_of(x, scale, FORMAT: tl.constexpr, QMAX: tl.constexpr):
+    """Codes of fp32 values, still as fp32; for E4M3 the conversion rounds them."""
     # x / scale as IEEE divides, in three instructions: with the correctly rounded reciprocal, one
     # step of the residual rounds the quotient correctly (Markstein 1990). The division instruction
     # cost as much as everything else in `kernels.norm`: 39 us with it, 20 without (H200).
@@ -171,8 +215,7 @@ def store_codes(
     if FORMAT == 2:
         # Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded half to even.
         q = (q + 12582912.0) - 12582912.0
-    target = values + row.to(tl.int64) * width + columns
-    tl.store(target, q.to(values.dtype.element_ty), mask)
+    return q
 
 
 @triton.jit
@@ -204,6 +247,7 @@ def _encode_kernel(
     scales,
     x_stride,
     width,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -214,8 +258,18 @@ def _encode_kernel(
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
-    wide = tl.load(x + row.to(tl.int64) * x_stride + columns, mask, other=0.0).to(tl.float32)
-    store_row(
-        wide, values, scales, row, columns, mask, width,
-        BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
-    )  # fmt: skip
+    start = x + row.to(tl.int64) * x_stride
+    wide = tl.load(start + columns, mask, other=0.0).to(tl.float32)
+    if REST == 0:
+        store_row(
+            wide, values, scales, row, columns, mask, width,
+            BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
+        )  # fmt: skip
+    else:
+        behind = BLOCK + tl.arange(0, REST)
+        inside = behind < width
+        narrow = tl.load(start + behind, inside, other=0.0).to(tl.float32)
+        store_two(
+            wide, narrow, values, scales, row, columns, mask, behind, inside, width,
+            BLOCK, REST, FORMAT, GROUP, QMAX, AMAX_FLOOR,
+        )  # fmt: skip

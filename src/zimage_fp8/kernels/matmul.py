@@ -225,7 +225,7 @@ IMPLEMENTATIONS: dict[str, MatMul] = {
 
 
 @triton.jit
-def _place(tile, num_m, num_n, GROUP: tl.constexpr):
+def place(tile, num_m, num_n, GROUP: tl.constexpr):
     """Tile number -> (row, column) of the tile, GROUP rows of tiles before the next columns."""
     per_group = GROUP * num_n
     first = tile // per_group * GROUP
@@ -260,7 +260,7 @@ def _tma_kernel(
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(rows, M), tl.cdiv(columns, N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=True):
-        m, n = _place(tile, num_m, num_n, GROUP)
+        m, n = place(tile, num_m, num_n, GROUP)
         acc = tl.zeros((M, N), dtype=tl.int32 if IS_INT else tl.float32)
         for k in range(tl.cdiv(depth, K)):
             left = x.load([m * M, k * K])
@@ -285,7 +285,7 @@ def _pointer_kernel(
     IS_INT: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    m, n = _place(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(columns, N), GROUP)
+    m, n = place(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(columns, N), GROUP)
     row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
     deep = tl.arange(0, K)
     # Rows beyond the edge repeat the last one; their results are not stored.

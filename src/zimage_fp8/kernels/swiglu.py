@@ -14,10 +14,8 @@ from zimage_fp8.kernels.activation import (
     Output,
     empty_activation,
     encode_reference,
-    rotate_block,
-    scale_of_amax,
-    store_codes,
     store_row,
+    store_two,
 )
 from zimage_fp8.kernels.language import runs_triton, tl, triton
 
@@ -48,29 +46,18 @@ def gated_reference(w13: Tensor, out: Output, scales: Scales | None = None) -> A
 def gated_triton(w13: Tensor, out: Output, scales: Scales | None = None) -> Activation:
     rows, hidden = len(w13), w13.shape[1] // 2
     result = empty_activation(rows, hidden, out, w13)
-    launch = Epilogue(out, hidden)
-    block, rest = launch.block, 0
-    if launch.constants["PER_TOKEN"] and (parts := _two_powers(hidden)):
-        block, rest = parts
+    launch = Epilogue(out, hidden, may_split=True)
     _gated_kernel[(rows, launch.chunks)](
         w13,
         *launch.pointers(result),
         *(scales or (w13, w13)),
         hidden,
         HAS_SCALES=scales is not None,
-        REST=rest,
-        **(launch.constants | {"BLOCK": block}),
+        REST=launch.rest,
+        **launch.constants,
         num_warps=launch.warps,
     )
     return result
-
-
-def _two_powers(width: int) -> tuple[int, int] | None:
-    """width as a sum of two powers of two, so that a whole row needs no masked lanes: 10,240 is
-    8,192 + 2,048 where one block would have 16,384. The smaller at least a rotation's group."""
-    block = 1 << (width.bit_length() - 1)
-    rest = width - block
-    return (block, rest) if rest >= 256 and not rest & (rest - 1) else None
 
 
 @triton.jit
@@ -99,17 +86,14 @@ def _gated_kernel(
             x, values, scales, row, columns, mask, hidden,
             BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
         )  # fmt: skip
-    else:  # one scale for both parts of the row
+    else:
         behind = BLOCK + tl.arange(0, REST)
         inside = behind < hidden
         y = _gate(w13, row_scales, column_scales, row, behind, inside, hidden, HAS_SCALES)
-        y = rotate_block(y, REST, GROUP)
-        x = rotate_block(x, BLOCK, GROUP)
-        largest = tl.maximum(tl.max(tl.abs(x), axis=0), tl.max(tl.abs(y), axis=0))
-        scale = scale_of_amax(largest, QMAX, AMAX_FLOOR)
-        tl.store(scales + row, scale)
-        store_codes(x, scale, values, row, columns, mask, hidden, FORMAT, QMAX)
-        store_codes(y, scale, values, row, behind, inside, hidden, FORMAT, QMAX)
+        store_two(
+            x, y, values, scales, row, columns, mask, behind, inside, hidden,
+            BLOCK, REST, FORMAT, GROUP, QMAX, AMAX_FLOOR,
+        )  # fmt: skip
 
 
 @triton.jit
