@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,6 +100,8 @@ GATED_TILES = (
     Tile(n=128, stages=4, group=8),
     Tile(n=64, warps=4, stages=3, per_sm=2, group=17),
     Tile(n=64, warps=4, stages=3, per_sm=2, group=8),
+    # 33 x 80 tiles are ten for each of 264 programs, without a rest.
+    Tile(m=64, n=128, warps=4, stages=2, per_sm=2, group=33),
 )
 FINALISTS = 3
 
@@ -216,7 +218,6 @@ def gated_rows(kinds: Sequence[str], scale: str) -> list[dict[str, object]]:
     return [
         row
         for kind in kinds
-        if kind != "bf16"
         for rows in ROWS[scale]
         for row in gated_shape(kind, rows, 2 * config.ffn_dim, config.dim)
     ]
@@ -252,18 +253,13 @@ def gated_shape(kind: str, rows: int, columns: int, depth: int) -> list[dict[str
     spec = SPEC_OF_KIND[kind]
     sets = operands(kind, rows, columns, depth, SETS)
     x, weight, scale = sets[0]
-    assert x.scale is not None
-    assert scale is not None
-    first = Activation(x.values[:128], x.scale[:128] if x.scale.ndim else x.scale)
+    first = Activation(x.values[:128], x.scale[:128] if _is_vector(x.scale) else x.scale)
     wide = gated_matmul_reference(first, weight, scale, PLAIN, torch.float32).values
-    static = scale_of(amax(wide, per_row=False), spec.format) if spec.is_static else None
+    is_static = spec is not None and spec.is_static
+    static = scale_of(amax(wide, per_row=False), spec.format) if spec and is_static else None
     out = Output(spec, static)
     exact = _values(encode_reference(wide, out, torch.float32))
-    linears = [
-        Linear(QuantLinear(spec, w, s, x.scale if spec.is_static else None), torch.bfloat16)
-        for x, w, s in sets
-        if s is not None
-    ]
+    linears = [Linear(_layer(spec, *operand), torch.bfloat16) for operand in sets]
 
     def apart(index: int) -> Activation:
         product, scales = linears[index].unscaled(sets[index][0])
@@ -272,19 +268,44 @@ def gated_shape(kind: str, rows: int, columns: int, depth: int) -> list[dict[str
     def runner(tile: Tile) -> Callable[[int], Activation]:
         def run(index: int) -> Activation:
             x, weight, scale = sets[index]
-            assert scale is not None
             return gated_matmul_triton(x, weight, scale, out, torch.bfloat16, tile)
 
         return run
 
     runs: dict[Candidate, Callable[[int], object]] = {Candidate(SEPARATE): apart}
     if has_tma(DEVICE):
-        runs |= {Candidate(AT_ONCE, tile): runner(tile) for tile in GATED_TILES}
+        runs |= {Candidate(AT_ONCE, tile): runner(tile) for tile in gated_tiles(kind)}
     # Codes of values that differ by a rounding are neighbours here and there.
     return race("w13, gate", kind + GATED, (rows, columns, depth), runs, exact, 3e-2)
 
 
-SPEC_OF_KIND = {"e4m3-scalar": E4M3_STATIC, "e4m3-vector": E4M3_ROW, "int8-vector": INT8_ROT}
+def _layer(
+    spec: QuantSpec | None, x: Activation, weight: Tensor, scale: Tensor | None
+) -> torch.nn.Module:
+    if spec is not None and scale is not None:
+        return QuantLinear(spec, weight, scale, x.scale if spec.is_static else None)
+    with torch.device("meta"):
+        linear = torch.nn.Linear(*weight.T.shape, bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _is_vector(scale: Tensor | None) -> bool:
+    return scale is not None and scale.ndim > 0
+
+
+def gated_tiles(kind: str) -> list[Tile]:
+    """With the same bytes per step for two bytes a value as for one."""
+    return [replace(tile, k=64) if kind == "bf16" else tile for tile in GATED_TILES]
+
+
+# What both w13 and w2 are quantized to.
+SPEC_OF_KIND: dict[str, QuantSpec | None] = {
+    "bf16": None,
+    "e4m3-scalar": E4M3_STATIC,
+    "e4m3-vector": E4M3_ROW,
+    "int8-vector": INT8_ROT,
+}
 
 
 def race(
@@ -336,10 +357,8 @@ def _first_values(result: object, count: int) -> Tensor:
     """The first rows of what a candidate computed, dequantized."""
     if isinstance(result, Activation):
         scale = result.scale
-        result = Activation(
-            result.values[:count], scale[:count] if scale is not None and scale.ndim else scale
-        )
-        return _values(result)
+        first = result.values[:count]
+        return _values(Activation(first, scale[:count] if _is_vector(scale) else scale))
     assert isinstance(result, Tensor)
     return result[:count]
 
@@ -643,16 +662,15 @@ def compile_share(index: int, count: int) -> None:
     work += [
         (kind, Candidate(AT_ONCE, tile))
         for kind in SPEC_OF_KIND
-        for tile in GATED_TILES
+        for tile in gated_tiles(kind)
         if has_tma(DEVICE)
     ]
     for kind, candidate in work[index::count]:
         x, weight, scale = operands(kind, 256, 512, 512, 1)[0]
         try:
             if candidate.implementation == AT_ONCE:
-                assert scale is not None
-                static = x.scale if SPEC_OF_KIND[kind].is_static else None
-                out = Output(SPEC_OF_KIND[kind], static)
+                spec = SPEC_OF_KIND[kind]
+                out = Output(spec, x.scale if spec and spec.is_static else None)
                 gated_matmul_triton(x, weight, scale, out, torch.bfloat16, candidate.tile)
                 continue
             matmul(x, weight, scale, torch.bfloat16, candidate.implementation, candidate.tile)

@@ -18,6 +18,7 @@ from zimage_fp8.numerics import (
     E4M3_ROW,
     E4M3_STATIC,
     INT8_ROT,
+    INT8_ROW,
     QuantSpec,
     amax,
     quantize,
@@ -85,6 +86,32 @@ def test_in_the_interpreter(
     assert actual.values.dtype == torch.int8
     assert (actual.values.int() - expected.values.int()).abs().max() <= 1
     assert (actual.values != expected.values).float().mean() < 1e-3
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("spec", [None, INT8_ROW])
+def test_unquantized_inputs_in_the_interpreter(spec: QuantSpec | None) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    x, weight = torch.randn(37, 48), torch.randn(192, 48) / 7
+    out = Output(spec)
+    actual = gated_matmul_triton(Activation(x), weight, None, out, torch.float32, SMALL)
+    expected = gated_matmul_reference(Activation(x), weight, None, out, torch.float32)
+    assert relative_error(dequantized(actual), dequantized(expected)) < (1e-3 if spec else 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, Tile(n=64, k=64, warps=4, stages=3, per_sm=2, group=17)])
+@pytest.mark.parametrize("shape", FULL_SIZE)
+def test_unquantized_inputs(shape: tuple[int, int, int], tile: Tile | None) -> None:
+    rows, hidden, depth = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(rows, depth, device="cuda", generator=generator).bfloat16()
+    weight = torch.randn(2 * hidden, depth, device="cuda", generator=generator).bfloat16() / 60
+    actual = gated_matmul(Activation(x), weight, None, PLAIN, torch.bfloat16, tile)
+    wide = x[:64].double() @ weight.double().T
+    gate, value = wide.chunk(2, dim=-1)
+    assert relative_error(actual.values[:64], gate * gate.sigmoid() * value) < 2e-3
 
 
 @pytest.mark.gpu

@@ -28,19 +28,21 @@ from zimage_fp8.kernels.scaled_mm import scaled_mm
 from zimage_fp8.numerics import QMAX
 
 # n is the width of what is written: as many columns of w1 and of w3.
-GATED_TILE = Tile(n=128, stages=4, group=16)
+GATED_TILE = Tile(n=128, stages=4, group=17)
+WIDE_INPUT_TILE = Tile(n=128, k=64, stages=4, group=17)
 
 
 def gated_matmul(
     x: Activation,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     out: Output,
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Activation:
-    """x: codes [tokens, in]; weight: codes [2 · hidden, in], w1 above w3; weight_scale: fp32 [] or
-    [2 · hidden]. Returns [tokens, hidden] as `out` asks for, plain values in `dtype`.
+    """x: [tokens, in]; weight: [2 · hidden, in], w1 above w3; both BF16 or codes; weight_scale:
+    fp32 [] or [2 · hidden], None for BF16. Returns [tokens, hidden] as `out` asks for, plain values
+    in `dtype`.
 
     A scale per token needs the whole row: the gate is then written in `dtype` and encoded by a
     kernel of its own. Raises ValueError where the GPU has no bulk copies.
@@ -53,10 +55,12 @@ def gated_matmul(
 
 
 def gated_matmul_reference(
-    x: Activation, weight: Tensor, weight_scale: Tensor, out: Output, dtype: torch.dtype
+    x: Activation, weight: Tensor, weight_scale: Tensor | None, out: Output, dtype: torch.dtype
 ) -> Activation:
-    assert x.scale is not None
-    wide = scaled_mm(x.values, x.scale, weight, weight_scale, torch.float32)
+    if x.scale is None or weight_scale is None:
+        wide = x.values.float() @ weight.float().T
+    else:
+        wide = scaled_mm(x.values, x.scale, weight, weight_scale, torch.float32)
     gate, value = wide.chunk(2, dim=-1)
     y = F.silu(gate) * value
     if _is_written_at_once(out):
@@ -67,15 +71,15 @@ def gated_matmul_reference(
 def gated_matmul_triton(
     x: Activation,
     weight: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     out: Output,
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Activation:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    assert x.scale is not None
-    tile = tile or GATED_TILE
+    tile = tile or (GATED_TILE if weight.dtype.itemsize == 1 else WIDE_INPUT_TILE)
+    x_scale, w_scale = (None, None) if weight_scale is None else (x.scale, weight_scale)
     (rows, depth), hidden = x.values.shape, len(weight) // 2
     written = out if _is_written_at_once(out) else PLAIN
     like = torch.empty(0, dtype=dtype, device=weight.device)
@@ -87,15 +91,14 @@ def gated_matmul_triton(
         TensorDescriptor.from_tensor(x.values, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(weight.view(2, hidden, depth), [2, tile.n, tile.k]),
         TensorDescriptor.from_tensor(result.values, [tile.m, tile.n]),
-        x.scale,
-        weight_scale,
-        x.scale if result.scale is None else result.scale,
+        *(result.values if scale is None else scale for scale in (x_scale, w_scale, result.scale)),
         rows,
         hidden,
         depth,
         IS_INT=x.values.dtype == torch.int8,
-        PER_TOKEN=x.scale.ndim > 0,
-        PER_CHANNEL=weight_scale.ndim > 0,
+        IS_SCALED=x_scale is not None,
+        PER_TOKEN=x_scale is not None and x_scale.ndim > 0,
+        PER_CHANNEL=w_scale is not None and w_scale.ndim > 0,
         FORMAT=FORMATS[format],
         QMAX=QMAX[format] if format else 0.0,
         M=tile.m,
@@ -117,7 +120,8 @@ def _is_written_at_once(out: Output) -> bool:
 @triton.jit
 def _gated_tma_kernel(
     x, weight, out, x_scale, weight_scale, out_scale, rows, hidden, depth,
-    IS_INT: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    IS_INT: tl.constexpr, IS_SCALED: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
     FORMAT: tl.constexpr, QMAX: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -133,20 +137,22 @@ def _gated_tma_kernel(
         # Both halves of a row lie in one thread: splitting moves nothing.
         halves = tl.permute(tl.reshape(acc.to(tl.float32), (M, 2, N)), (0, 2, 1))
         gate, value = tl.split(halves)
-        row, column = m * M + tl.arange(0, M), n * N + tl.arange(0, N)
-        if PER_TOKEN:
-            of_row = tl.load(x_scale + row, row < rows, other=0.0)[:, None]
-        else:
-            of_row = tl.load(x_scale)
-        if PER_CHANNEL:
-            inside = column < hidden
-            of_gate = tl.load(weight_scale + column, inside, other=0.0)[None]
-            of_value = tl.load(weight_scale + hidden + column, inside, other=0.0)[None]
-        else:
-            of_gate = tl.load(weight_scale)
-            of_value = of_gate
-        gate = gate * of_row * of_gate
-        value = value * of_row * of_value
+        if IS_SCALED:
+            if PER_TOKEN:
+                row = m * M + tl.arange(0, M)
+                of_row = tl.load(x_scale + row, row < rows, other=0.0)[:, None]
+            else:
+                of_row = tl.load(x_scale)
+            if PER_CHANNEL:
+                column = n * N + tl.arange(0, N)
+                inside = column < hidden
+                of_gate = tl.load(weight_scale + column, inside, other=0.0)[None]
+                of_value = tl.load(weight_scale + hidden + column, inside, other=0.0)[None]
+            else:
+                of_gate = tl.load(weight_scale)
+                of_value = of_gate
+            gate = gate * of_row * of_gate
+            value = value * of_row * of_value
         y = gate * tl.sigmoid(gate) * value
         if FORMAT != 0:
             y = codes_of(y, tl.load(out_scale), FORMAT, QMAX)
