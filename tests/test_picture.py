@@ -10,7 +10,13 @@ from PIL import Image
 
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.model.request import GeneratedImage, ImageRequest
-from zimage_fp8.picture import encode_picture, encode_pixels, read_metadata
+from zimage_fp8.picture import (
+    DEFLATE_PART_BYTES,
+    deflated,
+    encode_picture,
+    encode_pixels,
+    read_metadata,
+)
 
 DESCRIBE = {"model": "m", "policy": "p", "versions": {}}
 
@@ -92,6 +98,15 @@ def test_png_is_any_zlib_s_to_read() -> None:
     rows = zlib.decompress(file[start + 4 : start + 4 + length])
     assert len(rows) == 33 * (1 + 3 * 47)
     assert file[start + 8 + length :] == b"\0\0\0\0IEND" + zlib.crc32(b"IEND").to_bytes(4)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1, DEFLATE_PART_BYTES])
+def test_parts_that_threads_deflate_are_one_stream(beyond: int) -> None:
+    data = np.random.default_rng(0).integers(0, 9, DEFLATE_PART_BYTES + beyond, np.uint8)
+    stream = zlib.decompressobj()
+    assert stream.decompress(deflated(data)) == data.tobytes()
+    assert stream.eof
+    assert not stream.unused_data
 
 
 def test_png_on_a_photograph_is_no_larger_than_pillow_s_fastest() -> None:
