@@ -163,7 +163,7 @@ def picture_table(results: Path) -> str:
         shown = (f"{it['png_cpu_ms']:.1f} · {it['file_bytes'] / 1e6:.2f}" for it in cells)
         body.append([encoder, *shown])
     machine = record["machine"]
-    where = f"{machine['cpu']}, one core, best of {record['runs']}"
+    where = f"{machine['cpu']}, all threads' CPU time, best of {record['runs']}"
     shown_versions = ("python", "numpy", "pillow", "isal", "zlib-ng", "deflate", "fpng")
     versions = {name: it for name, it in record["versions"].items() if name in shown_versions}
     facts = (where, versions, record["commit"], f"python benchmarks/{' '.join(record['command'])}")
