@@ -202,6 +202,8 @@ def test_one_kernel_gates_where_that_was_faster(
     monkeypatch.setattr(gemm, "fitting", lambda _, kind, *__: [c for c in table if c.kind == kind])
     choose.cache_clear()
     linear = linear_of_codes(64, 32)
+    assert linear.gates_at_once(1000) is None, "measured in BF16, not in FP32"
+    linear.dtype = torch.bfloat16
     assert linear.describe() == f"e4m3-vector by {described}"
     rows = (400, 600, 1000, 1900, 2600, 8001)
     assert {row for row in rows if linear.gates_at_once(row)} == at_once

@@ -58,7 +58,7 @@ class Linear:
     def __call__(self, x: Activation) -> Tensor:
         """x: [tokens, in] as `reads` says. Returns [tokens, out] in `dtype`."""
         rows = len(x.values)
-        found = choose(self.weight.device, self.kind, rows, *self.weight.shape)
+        found = self._choose(self.kind, rows)
         implementation = found.implementation if found else "auto"
         if rows not in self.chosen:
             self.chosen[rows] = (
@@ -80,9 +80,7 @@ class Linear:
 
     def gates_at_once(self, rows: int) -> "Choice | None":
         """The kernel of both product and gate, where it is the faster way."""
-        if self.weight.dtype == torch.float32:  # measured in BF16, and no tensor core's format
-            return None
-        found = choose(self.weight.device, self.kind + GATED, rows, *self.weight.shape)
+        found = self._choose(self.kind + GATED, rows)
         return None if found is None or found.implementation == SEPARATE else found
 
     def unscaled(self, x: Activation) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -105,12 +103,16 @@ class Linear:
     def _is_faster_unscaled(self, rows: int) -> bool:
         if self.kind != "e4m3-vector":
             return False
-        shape = (rows, *self.weight.shape)
-        plain = choose(self.weight.device, "e4m3-scalar", *shape)
-        scaled = choose(self.weight.device, "e4m3-vector", *shape)
+        plain, scaled = self._choose("e4m3-scalar", rows), self._choose("e4m3-vector", rows)
         if plain is None or scaled is None or plain.implementation != "cublas":
             return False
         return plain.us < scaled.us
+
+    def _choose(self, kind: str, rows: int) -> "Choice | None":
+        """Results were measured in BF16; wider ones do not fit into the tiles that won."""
+        if self.dtype != torch.bfloat16:
+            return None
+        return choose(self.weight.device, kind, rows, *self.weight.shape)
 
     def describe(self) -> str:
         """The implementations that ran; before the first picture, those that were measured best."""
