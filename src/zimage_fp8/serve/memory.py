@@ -17,10 +17,12 @@ KIB = 1024
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    if torch.cuda.is_available() and torch.cuda.memory_reserved():
+    # As a tree, once: every `torch.cuda.max_memory_...` flattens and sorts all statistics for one.
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    if stats and stats["reserved_bytes"]["all"]["current"]:
         return {
-            "torch_allocated": torch.cuda.max_memory_allocated(),
-            "torch_reserved": torch.cuda.max_memory_reserved(),
+            "torch_allocated": stats["allocated_bytes"]["all"]["peak"],
+            "torch_reserved": stats["reserved_bytes"]["all"]["peak"],
         }
     return {"process_rss": peak_rss_bytes()}
 
