@@ -94,10 +94,6 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
             *("--modes", "eager", "--out", eager),
         ),
         script(
-            *("fused kernels", 3, "kernels.py", *scaled, "--kinds"),
-            *("--out", out / "kernels-fused.json"),
-        ),
-        script(
             *("diffusers, compiled", 5, "baselines.py", model, *scaled, *few_seconds),
             *("--modes", "compiled", "--out", compiled),
         ),
@@ -119,7 +115,7 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
         script("nano outliers", 8, "outliers.py", *few, "--out", out / "nano-outliers.json"),
         script("profile", 3, "engine.py", *scaled, "--profile", profile, "--policies", "full"),
         script(
-            *("all kernels", 15, "kernels.py", *scaled, "--out", out / "kernels.json"),
+            *("kernels", 4, "kernels.py", *scaled, "--out", out / "kernels.json"),
             *(() if is_full else ("--kinds", "bf16")),
         ),
     ]

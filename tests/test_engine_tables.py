@@ -89,7 +89,7 @@ def test_kernels_show_the_fastest_product_and_no_speed_where_wrong(tmp_path: Pat
         | {"share_of_product": 0.4, "reference_us": 4120.0},
     ]
     text = engine_tables.kernels_table(write(tmp_path, "kernels.json", gemm=gemm, fused=fused))
-    assert "| `w2` | e4m3-scalar | 2,112 | triton | 90 | 1,846 |" in text
+    assert "| `w2` | e4m3-scalar | 2,112 | triton | 90 | 1,846 |  |" in text
     assert "| `norm` | bf16 | 2,112 | 10 | 1,300 | 50% | 80 |" in text
     assert "| `gated` | bf16 | 2,112 | wrong |  |  |  |" in text
     attention = (
@@ -107,13 +107,31 @@ def test_requests_show_stages_memory_and_start(tmp_path: Path) -> None:
     assert "**NVIDIA H200**; weights random" in text
 
 
-def test_fused_kernels_of_a_file_of_their_own_are_shown_too(tmp_path: Path) -> None:
-    write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0, "tflops": 1661.0}])
-    speed = {"us": 10.0, "gb_per_s": 1300.0, "share_of_copy": 0.5, "reference_us": 80.0}
-    fused = [{"kernel": "device copy", "gb_per_s": 2600.0}, FUSED | speed]
-    text = engine_tables.kernels_table(write(tmp_path, "kernels-fused.json", gemm=[], fused=fused))
-    assert "| `w2` | e4m3-scalar | 2,112 | cublas | 100 | 1,661 |" in text
-    assert "| `norm` | bf16 | 2,112 | 10 | 1,300 | 50% | 80 |" in text
+DEVICE_COPY = {"kernel": "device copy", "gb_per_s": 2600.0}
+
+
+def test_the_product_that_is_fastest_back_to_back_wins(tmp_path: Path) -> None:
+    gemm = [
+        GEMM | {"us": 100.0, "tflops": 1661.0, "sustained_us": 120.0},
+        GEMM | {"implementation": "triton", "us": 90.0, "tflops": 1846.0, "sustained_us": 130.0},
+        GEMM | {"implementation": "triton-tma", "us": 80.0, "tflops": 2076.0},
+    ]
+    write(tmp_path, "kernels.json", gemm=gemm, fused=[DEVICE_COPY])
+    text = engine_tables.kernels_table(tmp_path)
+    assert "| `w2` | e4m3-scalar | 2,112 | cublas | 100 | 1,661 | 120 |" in text
+
+
+def test_what_was_measured_again_replaces_its_first_measurement(tmp_path: Path) -> None:
+    slow, fast = ({"us": us, "tflops": 1.0, "sustained_us": us} for us in (100.0, 50.0))
+    other = GEMM | slow | {"layer": "to_out"}
+    write(tmp_path, "kernels.json", gemm=[GEMM | fast, other], fused=[DEVICE_COPY])
+    assert "once more" not in engine_tables.kernels_table(tmp_path)
+    write(tmp_path, "kernels-again.json", gemm=[GEMM | slow | {"implementation": "triton"}])
+    text = engine_tables.kernels_table(tmp_path)
+    assert "| `w2` | e4m3-scalar | 2,112 | triton | 100 | 1 | 100 |" in text
+    assert "| `to_out` | e4m3-scalar | 2,112 | cublas | 100 | 1 | 100 |" in text
+    assert "cublas | 50 |" not in text
+    assert "`w2` in e4m3-scalar were measured once more" in text
 
 
 def test_baselines_show_every_part_and_count_forwards(tmp_path: Path) -> None:
