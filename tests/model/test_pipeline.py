@@ -1,5 +1,7 @@
 """The whole way from prompt to latent against diffusers' pipeline, and what is refused."""
 
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,15 @@ def test_an_unknown_model_says_what_to_give(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path))
     with pytest.raises(ModelError, match="nobody/nothing"):
         load_pipeline("nobody/nothing")
+
+
+def test_loading_says_what_each_model_took(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="zimage_fp8.model.loading"):
+        load_pipeline(str(tiny_model), device="cpu")
+    said = sorted(record.getMessage() for record in caplog.records)
+    patterns = (r"VAE loaded in \d+\.\d s", r"text encoder loaded in .* s", "transformer loaded in")
+    assert len(said) == len(patterns)
+    for line, pattern in zip(said, patterns, strict=True):
+        assert re.match(pattern, line)

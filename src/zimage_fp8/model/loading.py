@@ -1,9 +1,12 @@
 """From a model's name to a pipeline that runs under a policy, calibrating when it must."""
 
 import json
+import logging
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +27,8 @@ from zimage_fp8.model.weights import load_transformer
 from zimage_fp8.model.z_image import ZImageTransformer
 from zimage_fp8.quant.calibrate import Calibration
 from zimage_fp8.quant.policy import PRESETS, Policy, find_policy, resolve
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -116,13 +121,14 @@ def _assemble(
 ) -> Pipeline:
     with ThreadPoolExecutor(1) as beside:  # its imports and its tokenizer take a core, not the disk
         opening = beside.submit(_open_text, folder, DTYPES[dtype], device, share, parts)
-        loaded = load_transformer(
-            folder / "transformer",
-            policy=policy,
-            calibration=calibration,
-            dtype=DTYPES[dtype],
-            device=device,
-        )
+        with _timed("transformer"):
+            loaded = load_transformer(
+                folder / "transformer",
+                policy=policy,
+                calibration=calibration,
+                dtype=DTYPES[dtype],
+                device=device,
+            )
     digest = calibration.digest if calibration else None
     return Pipeline(
         display_name(model),
@@ -151,12 +157,21 @@ def _open_text(
 def _opened(what: str, load: Callable[[], T]) -> T:
     """What `load` returns; a damaged file becomes one sentence."""
     try:
-        return load()
+        with _timed(what):
+            return load()
     except ZImageError:
         raise
     except Exception as error:  # three libraries, each with errors of its own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"the {what} cannot be loaded: {reason}", hint="copy it again") from error
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Log how long a model took to load. The transformer and the text encoder load side by side."""
+    began = time.perf_counter()
+    yield
+    log.info("%s loaded in %.1f s", what, time.perf_counter() - began)
 
 
 def read_shift(folder: Path) -> float:
