@@ -148,6 +148,27 @@ def test_a_report_is_rendered_again_from_the_record_alone(tmp_path: Path) -> Non
     }
 
 
+def test_a_record_that_came_alone_is_reported_without_comparisons(tmp_path: Path) -> None:
+    record = make_record()
+    text = write_report(record, tmp_path).read_text()
+    assert "> **Warning.** The pictures of this run are not beside its record" in text
+    assert "## Comparisons" not in text
+    assert "## Worst pictures" not in text
+    assert "comparison-prompt" not in text
+    save_pictures(record, tmp_path)
+    text = write_report(record, tmp_path).read_text()
+    assert "not beside its record" not in text
+    assert "## Comparisons" in text
+
+
+def test_a_picture_that_is_missing_among_others_is_an_error(tmp_path: Path) -> None:
+    record = make_record()
+    save_pictures(record, tmp_path)
+    next(tmp_path.rglob("*.png")).unlink()
+    with pytest.raises(ZImageError, match="cannot read the picture"):
+        write_report(record, tmp_path)
+
+
 def test_a_grid_shows_every_picture_pixel_for_pixel(tmp_path: Path) -> None:
     record = make_record()
     save_pictures(record, tmp_path)

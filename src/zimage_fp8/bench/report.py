@@ -55,8 +55,9 @@ from zimage_fp8.bench.table import main_table, quality_text, rows
 def write_report(record: Record, folder: Path) -> Path:
     """Write report.html, report.md, plots/ and comparison pictures to the record's folder.
 
-    `folder` holds the pictures. Returns the path of report.md; report.html lies beside it. Raises
-    ZImageError naming a picture that cannot be read.
+    `folder` holds the pictures; a record that came without any is reported without comparisons.
+    Returns the path of report.md; report.html lies beside it. Raises ZImageError naming a picture
+    that cannot be read.
     """
     sections = build_sections(record, folder)
     (folder / PLOTS).mkdir(exist_ok=True)
@@ -77,13 +78,14 @@ def title_of(record: Record) -> str:
 
 def build_sections(record: Record, folder: Path) -> list[Section]:
     """Everything a report says, in its order; comparison pictures are written to `folder`."""
+    pictures = has_pictures(record, folder)
     return [
-        Section("", [*_warnings(record), *_main_tables(record)]),
+        Section("", [*_warnings(record, has_pictures=pictures), *_main_tables(record)]),
         *_sections_if(
             ("How sure", list(_certainty(record))),
             ("Quality against latency", list(_pareto(record))),
-            ("Worst pictures", list(_worst(record, folder))),
-            ("Comparisons", list(_comparisons(record, folder))),
+            ("Worst pictures", list(_worst(record, folder)) if pictures else []),
+            ("Comparisons", list(_comparisons(record, folder)) if pictures else []),
             ("Where the time goes", list(_stages(record))),
             ("Under load", list(_load(record))),
             ("Memory", [memory_table(one) for one in record.passes if one.variants]),
@@ -99,8 +101,21 @@ def _sections_if(*found: tuple[str, list[Block]]) -> Iterator[Section]:
     yield from (Section(title, blocks) for title, blocks in found if blocks)
 
 
-def _warnings(record: Record) -> Iterator[Block]:
-    if lines := list(warnings_of(record)):
+def has_pictures(record: Record, folder: Path) -> bool:
+    """Whether any of the run's pictures lies beside its record. One that is missing among others
+    is an error; a record that was passed on alone is not."""
+    return any(
+        (folder / request.picture).exists()
+        for variant in record.variants
+        for request in first_pictures(variant).values()
+    )
+
+
+def _warnings(record: Record, *, has_pictures: bool) -> Iterator[Block]:
+    lines = list(warnings_of(record))
+    if not has_pictures:
+        lines.append("The pictures of this run are not beside its record: none are compared here.")
+    if lines:
         yield Notes(lines, "warning")
 
 
