@@ -264,8 +264,7 @@ def gated_shape(kind: str, rows: int, columns: int, depth: int) -> list[dict[str
     linears = [Linear(_layer(spec, *operand), torch.bfloat16) for operand in sets]
 
     def apart(index: int) -> Activation:
-        product, scales = linears[index].unscaled(sets[index][0])
-        return gated_triton(product, out, scales)
+        return gated_triton(linears[index](sets[index][0]), out)
 
     def runner(tile: Tile) -> Callable[[int], Activation]:
         def run(index: int) -> Activation:

@@ -51,8 +51,6 @@ class Linear:
             self.weight_scale = module.weight_scale
             self.reads = Output(module.spec, module.input_scale)
         self.kind = kind_of(self.reads, self.weight_scale)
-        self._columns: Tensor | None = None
-        self._one: Tensor | None = None
         self.chosen: dict[int, str] = {}  # rows -> implementation, for the record
 
     def __call__(self, x: Activation) -> Tensor:
@@ -73,8 +71,7 @@ class Linear:
         rows = len(x.values)
         found = self.gates_at_once(rows)
         if found is None:
-            product, scales = self.unscaled(x)
-            return gated(product, out, scales)
+            return gated(self(x), out)
         self.chosen[rows] = found.implementation
         return gated_matmul(x, self.weight, self.weight_scale, out, self.dtype, found.tile)
 
@@ -82,31 +79,6 @@ class Linear:
         """The kernel of both product and gate, where it is the faster way."""
         found = self._choose(self.kind + GATED, rows)
         return None if found is None or found.implementation == SEPARATE else found
-
-    def unscaled(self, x: Activation) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The product, and scales [tokens, 1] and [out] that the reader still has to apply.
-
-        cuBLAS is often fastest when it has no vectors of scales to apply; it is left so where that
-        was measured for the shape. Elsewhere the scales come back as None.
-        """
-        if x.scale is None or not x.scale.ndim or not self._is_faster_unscaled(len(x.values)):
-            return self(x), None
-        if self._columns is None:
-            assert self.weight_scale is not None
-            self._columns = self.weight_scale.expand(len(self.weight)).contiguous()
-            self._one = torch.ones((), device=x.values.device)
-        self.chosen[len(x.values)] = "cublas, scaled by its reader"
-        codes = Activation(x.values, self._one)
-        product = matmul(codes, self.weight, self._one, self.dtype, "cublas")
-        return product, (x.scale, self._columns)
-
-    def _is_faster_unscaled(self, rows: int) -> bool:
-        if self.kind != "e4m3-vector":
-            return False
-        plain, scaled = self._choose("e4m3-scalar", rows), self._choose("e4m3-vector", rows)
-        if plain is None or scaled is None or plain.implementation != "cublas":
-            return False
-        return plain.us < scaled.us
 
     def _choose(self, kind: str, rows: int) -> "Choice | None":
         """Results were measured in BF16; wider ones do not fit into the tiles that won."""

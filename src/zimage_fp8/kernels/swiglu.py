@@ -19,8 +19,6 @@ from zimage_fp8.kernels.activation import (
 )
 from zimage_fp8.kernels.language import runs_triton, tl, triton
 
-Scales = tuple[Tensor, Tensor]
-
 
 def swiglu(w13: Tensor) -> Tensor:
     """w13: [..., 2 · hidden], the outputs of w1 and w3 side by side. Returns [..., hidden],
@@ -28,31 +26,24 @@ def swiglu(w13: Tensor) -> Tensor:
     return gated_reference(w13.flatten(0, -2), PLAIN).values.reshape(*w13.shape[:-1], -1)
 
 
-def gated(w13: Tensor, out: Output, scales: Scales | None = None) -> Activation:
-    """w13: [tokens, 2 · hidden] contiguous. Returns [tokens, hidden] as `out` asks for.
-
-    scales: fp32 [tokens, 1] and [2 · hidden], still to be multiplied in: a matrix product of codes
-    that leaves its scales to whoever reads it.
-    """
-    return (gated_triton if runs_triton(w13) else gated_reference)(w13, out, scales)
+def gated(w13: Tensor, out: Output) -> Activation:
+    """w13: [tokens, 2 · hidden] contiguous. Returns [tokens, hidden] as `out` asks for."""
+    return (gated_triton if runs_triton(w13) else gated_reference)(w13, out)
 
 
-def gated_reference(w13: Tensor, out: Output, scales: Scales | None = None) -> Activation:
-    wide = w13.float() if scales is None else w13.float() * scales[0] * scales[1]
-    gate, value = wide.chunk(2, dim=-1)
+def gated_reference(w13: Tensor, out: Output) -> Activation:
+    gate, value = w13.float().chunk(2, dim=-1)
     return encode_reference(F.silu(gate) * value, out, w13.dtype)
 
 
-def gated_triton(w13: Tensor, out: Output, scales: Scales | None = None) -> Activation:
+def gated_triton(w13: Tensor, out: Output) -> Activation:
     rows, hidden = len(w13), w13.shape[1] // 2
     result = empty_activation(rows, hidden, out, w13)
     launch = Epilogue(out, hidden, may_split=True)
     _gated_kernel[(rows, launch.chunks)](
         w13,
         *launch.pointers(result),
-        *(scales or (w13, w13)),
         hidden,
-        HAS_SCALES=scales is not None,
         REST=launch.rest,
         **launch.constants,
         num_warps=launch.warps,
@@ -65,10 +56,7 @@ def _gated_kernel(
     w13,
     values,
     scales,
-    row_scales,
-    column_scales,
     hidden,
-    HAS_SCALES: tl.constexpr,
     REST: tl.constexpr,
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -80,7 +68,7 @@ def _gated_kernel(
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden
-    x = _gate(w13, row_scales, column_scales, row, columns, mask, hidden, HAS_SCALES)
+    x = _gate(w13, row, columns, mask, hidden)
     if REST == 0:
         store_row(
             x, values, scales, row, columns, mask, hidden,
@@ -89,7 +77,7 @@ def _gated_kernel(
     else:
         behind = BLOCK + tl.arange(0, REST)
         inside = behind < hidden
-        y = _gate(w13, row_scales, column_scales, row, behind, inside, hidden, HAS_SCALES)
+        y = _gate(w13, row, behind, inside, hidden)
         store_two(
             x, y, values, scales, row, columns, mask, behind, inside, hidden,
             BLOCK, REST, FORMAT, GROUP, QMAX, AMAX_FLOOR,
@@ -97,12 +85,8 @@ def _gated_kernel(
 
 
 @triton.jit
-def _gate(w13, row_scales, column_scales, row, columns, mask, hidden, HAS_SCALES: tl.constexpr):
+def _gate(w13, row, columns, mask, hidden):
     start = w13 + row.to(tl.int64) * (2 * hidden) + columns
     gate = tl.load(start, mask, other=0.0).to(tl.float32)
     value = tl.load(start + hidden, mask, other=0.0).to(tl.float32)
-    if HAS_SCALES:
-        of_row = tl.load(row_scales + row)
-        gate = gate * of_row * tl.load(column_scales + columns, mask, other=0.0)
-        value = value * of_row * tl.load(column_scales + hidden + columns, mask, other=0.0)
     return gate * tl.sigmoid(gate) * value
