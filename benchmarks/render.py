@@ -33,10 +33,12 @@ from zimage_fp8.bench.details import (
 from zimage_fp8.bench.notes import hardware, notes
 from zimage_fp8.bench.plots import Rung, ladder
 from zimage_fp8.bench.record import Record, read_record
+from zimage_fp8.bench.statistics import percentile_interval
 from zimage_fp8.bench.table import markdown_table, marked_table
 from zimage_fp8.cli import app
 
 ROOT = Path(__file__).parents[1]
+GIB = 2**30
 OPENING = re.compile(r"<!-- rendered: (?P<name>[\w-]+) -->\n")
 BLOCK = re.compile(OPENING.pattern + r"(?:(?!<!-- ).)*<!-- /rendered -->", re.DOTALL)
 
@@ -278,6 +280,44 @@ def batching_table(found: dict[str, Any]) -> str:
     return "\n\n".join([text, markdown_table(heads, rows), made])
 
 
+def gpu_headline(results: Path) -> str:
+    """What one GPU gives at full size, by our benchmark; beside it what users have today."""
+    record = read_record(results / "full-size-gpu.json")
+    sizes, one = record.parameters.sizes, record.passes[0]
+    body = [
+        [
+            f"`{variant.name}`",
+            *(f"{percentile_interval(variant.latencies_s(size), 50).value:.3f}" for size in sizes),
+            f"{variant.cold_start_s:.1f}",
+            f"{variant.peak_memory_bytes[record.memory_method] / GIB:.1f}",
+        ]
+        for variant in one.variants
+    ]
+    today = json.loads((results / "baselines.json").read_text())
+    eager = {row["size"]: row for row in today["baselines"] if row["mode"] == "eager"}
+    seconds = (f"{eager[size]['call']['ms'] / 1000:.3f}" for size in sizes)
+    allocated = max(eager[size]["torch_allocated_peak_bytes"] for size in sizes) / GIB
+    body.append(["diffusers, BF16, eager", *seconds, "", f"{allocated:.1f}"])
+    heads = [f"{size.replace('x', '×')}, s" for size in sizes]
+    heads = ["", *heads, "start to first picture, s", "peak GPU memory, GiB"]
+    gpu = record.machine.gpus[0].name
+    if today["gpu"]["name"] != gpu:
+        raise ValueError(f"diffusers was measured on {today['gpu']['name']}, ours on {gpu}")
+    text = (
+        f"One **{gpu}**, the model at full size with **random weights**: speed and memory are "
+        f"real, pictures are meaningless. {record.parameters.steps} steps, guidance 0, medians of "
+        f"{len(one.variants[0].latencies_s(sizes[0]))} requests over HTTP, from prompt to PNG. "
+        "diffusers ran in one process, to a picture in memory, and its memory is what PyTorch "
+        "allocated."
+    )
+    theirs = "python benchmarks/" + " ".join(today["command"])
+    made = [
+        made_with(gpu, record.versions, record.commit, " ".join(record.command)),
+        made_with("diffusers", {}, today["commit"], theirs),
+    ]
+    return "\n\n".join([text, markdown_table(heads, body), "<br>".join(made)])
+
+
 LADDER_TITLE = "Milliseconds per picture after every step of the engine"
 
 
@@ -307,6 +347,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-standard": reference_run("nano-standard"),
     "nano-standard-gpu": reference_run("nano-standard-gpu"),
     "full-size-gpu": reference_run("full-size-gpu"),
+    "gpu-headline": gpu_headline,
     "nano-evaluation": evaluation_table,
     "engine-block": engine_tables.block_table,
     "engine-kernels": engine_tables.kernels_table,
