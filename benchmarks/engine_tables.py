@@ -142,7 +142,8 @@ def kernels_table(results: Path) -> str:
         names = sorted({f"`{layer}` in {kind}" for layer, kind in replaced})
         table += f" {' and '.join(names)} were measured once more, with cuBLAS always among those "
         table += f"that run again ({_facts(again)})."
-    table += f"\n\n{_fused_table(found['fused'])}"
+    if "fused" in found:  # they come last: a run that ended early has none
+        table += f"\n\n{_fused_table(found['fused'])}"
     return _with_facts(found, table, "Single kernels on random data", random=False)
 
 

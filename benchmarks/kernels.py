@@ -1,7 +1,8 @@
 """Time every GEMM implementation and every fused kernel against its reference and the ceiling.
 
     python benchmarks/kernels.py --out kernels.json [--choices src/zimage_fp8/engine/gemm.json]
-    python benchmarks/kernels.py --kinds --out kernels-fused.json    no products
+    python benchmarks/kernels.py --kinds                          no products
+    python benchmarks/kernels.py --kinds e4m3-scalar --layers w2 --no-fused    some of them
     TRITON_INTERPRET=1 python benchmarks/kernels.py --scale tiny --kinds    a dry run
 
 Shapes are the full-size transformer's and decoder's. Operands are random, finite, and rotated among

@@ -282,7 +282,10 @@ def batching_table(found: dict[str, Any]) -> str:
 
 def gpu_headline(results: Path) -> str:
     """What one GPU gives at full size, by our benchmark; beside it what users have today."""
-    record = read_record(results / "full-size-gpu.json")
+    path = results / "full-size-gpu.json"
+    if not path.exists():
+        return "Not measured yet."
+    record = read_record(path)
     sizes, one = record.parameters.sizes, record.passes[0]
     body = [
         [

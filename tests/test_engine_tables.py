@@ -121,6 +121,11 @@ def test_the_product_that_is_fastest_back_to_back_wins(tmp_path: Path) -> None:
     assert "| `w2` | e4m3-scalar | 2,112 | cublas | 100 | 1,661 | 120 |" in text
 
 
+def test_a_run_that_ended_before_the_fused_kernels_shows_its_products(tmp_path: Path) -> None:
+    write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0, "tflops": 1661.0}])
+    assert "| `w2` | e4m3-scalar | 2,112 | cublas |" in engine_tables.kernels_table(tmp_path)
+
+
 def test_what_was_measured_again_replaces_its_first_measurement(tmp_path: Path) -> None:
     slow, fast = ({"us": us, "tflops": 1.0, "sustained_us": us} for us in (100.0, 50.0))
     other = GEMM | slow | {"layer": "to_out"}

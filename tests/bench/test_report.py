@@ -38,7 +38,7 @@ from zimage_fp8.bench.grid import (
 )
 from zimage_fp8.bench.notes import notes, parameter_table
 from zimage_fp8.bench.record import Flag, Quality, Record, VariantRecord, read_record, write_record
-from zimage_fp8.bench.report import write_report
+from zimage_fp8.bench.report import is_alone, write_report
 from zimage_fp8.bench.summary import first_pictures
 from zimage_fp8.bench.table import BEST, Table, close_to_best, main_table, rows
 from zimage_fp8.errors import ZImageError
@@ -159,6 +159,13 @@ def test_a_record_that_came_alone_is_reported_without_comparisons(tmp_path: Path
     text = write_report(record, tmp_path).read_text()
     assert "not beside its record" not in text
     assert "## Comparisons" in text
+
+
+def test_a_run_that_drew_nothing_misses_no_pictures(tmp_path: Path) -> None:
+    record = make_record()
+    nothing = [one.model_copy(update={"variants": []}) for one in record.passes]
+    assert is_alone(record, tmp_path)
+    assert not is_alone(record.model_copy(update={"passes": nothing}), tmp_path)
 
 
 def test_a_picture_that_is_missing_among_others_is_an_error(tmp_path: Path) -> None:

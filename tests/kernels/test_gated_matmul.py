@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from compare import relative_error, same_bits
+from operands import operands
 from zimage_fp8.kernels.activation import PLAIN, Activation, Output, encode_reference
 from zimage_fp8.kernels.gated_matmul import (
     gated_matmul,
@@ -21,7 +22,6 @@ from zimage_fp8.numerics import (
     INT8_ROW,
     QuantSpec,
     amax,
-    quantize,
     scale_of,
 )
 
@@ -31,17 +31,12 @@ FULL_SIZE = [(2112, 10240, 3840), (100, 10240, 3840), (333, 1280, 640)]
 TILES = [None, Tile(n=64, warps=4, stages=3, per_sm=2, group=17)]
 
 
-def operands(
+def gated_operands(
     rows: int, hidden: int, depth: int, format: str, *, vectors: bool, device: str = "cpu"
 ) -> tuple[Activation, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, depth, generator=generator).to(device)
-    weight = torch.randn(2 * hidden, depth, generator=generator).to(device) / depth**0.5
-    weight[hidden:] *= 2  # w1 and w3 are not exchangeable
-    x_scale = scale_of(amax(x, per_row=vectors), format)
-    w_scale = scale_of(amax(weight, per_row=vectors), format)
-    q = Activation(quantize(x, x_scale, format), x_scale)
-    return q, quantize(weight, w_scale, format), w_scale.squeeze(-1)
+    """Gates and values of about one, where a gate bends."""
+    x, weight, scale = operands(rows, 2 * hidden, depth, format, vectors=vectors, device=device)
+    return x, weight, scale / depth**0.5
 
 
 def gate_in_fp64(x: Activation, weight: Tensor, scale: Tensor) -> Tensor:
@@ -61,7 +56,7 @@ def dequantized(activation: Activation) -> Tensor:
 def test_the_reference_is_the_product_then_the_gate(
     shape: tuple[int, int, int], vectors: bool
 ) -> None:
-    x, weight, scale = operands(*shape, "int8", vectors=vectors)
+    x, weight, scale = gated_operands(*shape, "int8", vectors=vectors)
     actual = gated_matmul(x, weight, scale, PLAIN, torch.float32)
     assert actual.values.dtype == torch.float32
     assert relative_error(actual.values, gate_in_fp64(x, weight, scale)) < 1e-6
@@ -76,7 +71,7 @@ def test_in_the_interpreter(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
-    x, weight, scale = operands(*shape, "int8", vectors=vectors)
+    x, weight, scale = gated_operands(*shape, "int8", vectors=vectors)
     out = Output(spec)
     actual = gated_matmul_triton(x, weight, scale, out, torch.float32, SMALL)
     expected = gated_matmul_reference(x, weight, scale, out, torch.float32)
@@ -122,7 +117,7 @@ def test_unquantized_inputs(shape: tuple[int, int, int], tile: Tile | None) -> N
 def test_plain_values(
     format: str, vectors: bool, shape: tuple[int, int, int], tile: Tile | None
 ) -> None:
-    x, weight, scale = operands(*shape, format, vectors=vectors, device="cuda")
+    x, weight, scale = gated_operands(*shape, format, vectors=vectors, device="cuda")
     actual = gated_matmul(x, weight, scale, PLAIN, torch.bfloat16, tile)
     first = Activation(x.values[:64], x.scale[:64] if vectors else x.scale)  # type: ignore[index]
     # The output's rounding is 1.7e-3, what E4M3's fast accumulation loses comes on top.
@@ -139,7 +134,7 @@ def test_plain_values(
 def test_codes(spec: QuantSpec, shape: tuple[int, int, int], tile: Tile | None) -> None:
     """What the codes stand for is as near to fp64 as codes of the exact values are."""
     format = spec.format
-    x, weight, scale = operands(*shape, format, vectors=not spec.is_static, device="cuda")
+    x, weight, scale = gated_operands(*shape, format, vectors=not spec.is_static, device="cuda")
     exact = gate_in_fp64(x, weight, scale).float()
     static = scale_of(amax(exact, per_row=False), format) if spec.is_static else None
     out = Output(spec, static)
@@ -157,7 +152,7 @@ def test_codes(spec: QuantSpec, shape: tuple[int, int, int], tile: Tile | None) 
 
 @pytest.mark.gpu
 def test_a_gate_that_is_stored_apart_is_the_same_up_to_its_rounding() -> None:
-    x, weight, scale = operands(200, 1280, 640, "int8", vectors=True, device="cuda")
+    x, weight, scale = gated_operands(200, 1280, 640, "int8", vectors=True, device="cuda")
     wide = gated_matmul_reference(x, weight, scale, PLAIN, torch.float32)
     assert x.scale is not None
     product = (x.values.double() @ weight.double().T).float() * x.scale * scale

@@ -5,29 +5,18 @@ import torch
 from torch import Tensor
 
 from compare import relative_error, same_bits
+from operands import operands
 from zimage_fp8.kernels.activation import Activation
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile, matmul, refusal
 from zimage_fp8.kernels.scaled_mm import scaled_mm_reference
-from zimage_fp8.numerics import DTYPE, amax, quantize, scale_of
+from zimage_fp8.numerics import DTYPE
 
 SMALL = Tile(m=32, n=32, k=32, warps=4, stages=2)
 SMALL_PARTS = Tile(m=32, n=64, k=32, warps=4, stages=2, parts=2)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 SHAPES = [(37, 48, 96), (64, 112, 208)]  # edges in every direction
 FULL_SIZE = [(2112, 11520, 3840), (2112, 3840, 10240), (4160, 3840, 3840), (96, 20480, 3840)]
-
-
-def operands(
-    rows: int, columns: int, depth: int, format: str, *, vectors: bool, device: str = "cpu"
-) -> tuple[Activation, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, depth, generator=generator).to(device)
-    weight = torch.randn(columns, depth, generator=generator).to(device)
-    x_scale = scale_of(amax(x, per_row=vectors), format)
-    w_scale = scale_of(amax(weight, per_row=vectors), format)
-    q = Activation(quantize(x, x_scale, format), x_scale)
-    return q, quantize(weight, w_scale, format), w_scale.squeeze(-1)
 
 
 def expected(x: Activation, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

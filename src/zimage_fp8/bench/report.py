@@ -78,14 +78,14 @@ def title_of(record: Record) -> str:
 
 def build_sections(record: Record, folder: Path) -> list[Section]:
     """Everything a report says, in its order; comparison pictures are written to `folder`."""
-    pictures = has_pictures(record, folder)
+    alone = is_alone(record, folder)
     return [
-        Section("", [*_warnings(record, has_pictures=pictures), *_main_tables(record)]),
+        Section("", [*_warnings(record, is_alone=alone), *_main_tables(record)]),
         *_sections_if(
             ("How sure", list(_certainty(record))),
             ("Quality against latency", list(_pareto(record))),
-            ("Worst pictures", list(_worst(record, folder)) if pictures else []),
-            ("Comparisons", list(_comparisons(record, folder)) if pictures else []),
+            ("Worst pictures", [] if alone else list(_worst(record, folder))),
+            ("Comparisons", [] if alone else list(_comparisons(record, folder))),
             ("Where the time goes", list(_stages(record))),
             ("Under load", list(_load(record))),
             ("Memory", [memory_table(one) for one in record.passes if one.variants]),
@@ -101,19 +101,16 @@ def _sections_if(*found: tuple[str, list[Block]]) -> Iterator[Section]:
     yield from (Section(title, blocks) for title, blocks in found if blocks)
 
 
-def has_pictures(record: Record, folder: Path) -> bool:
-    """Whether any of the run's pictures lies beside its record. One that is missing among others
+def is_alone(record: Record, folder: Path) -> bool:
+    """Whether none of the run's pictures lies beside its record. One that is missing among others
     is an error; a record that was passed on alone is not."""
-    return any(
-        (folder / request.picture).exists()
-        for variant in record.variants
-        for request in first_pictures(variant).values()
-    )
+    drew = [request for it in record.variants for request in first_pictures(it).values()]
+    return bool(drew) and not any((folder / request.picture).exists() for request in drew)
 
 
-def _warnings(record: Record, *, has_pictures: bool) -> Iterator[Block]:
+def _warnings(record: Record, *, is_alone: bool) -> Iterator[Block]:
     lines = list(warnings_of(record))
-    if not has_pictures:
+    if is_alone:
         lines.append("The pictures of this run are not beside its record: none are compared here.")
     if lines:
         yield Notes(lines, "warning")

@@ -75,12 +75,12 @@ class Linear:
         self.chosen[rows] = found.implementation
         return gated_matmul(x, self.weight, self.weight_scale, out, self.dtype, found.tile)
 
-    def gates_at_once(self, rows: int) -> "Choice | None":
+    def gates_at_once(self, rows: int) -> Choice | None:
         """The kernel of both product and gate, where it is the faster way."""
         found = self._choose(self.kind + GATED, rows)
         return None if found is None or found.implementation == SEPARATE else found
 
-    def _choose(self, kind: str, rows: int) -> "Choice | None":
+    def _choose(self, kind: str, rows: int) -> Choice | None:
         """Results were measured in BF16; wider ones do not fit into the tiles that won."""
         if self.dtype != torch.bfloat16:
             return None
@@ -92,6 +92,8 @@ class Linear:
         return f"{self.kind} by {' or '.join(sorted(names)) or 'default'}"
 
     def _measured_best(self) -> set[str]:
+        if self.dtype != torch.bfloat16:
+            return set()
         gates, products = (
             {
                 choice.implementation

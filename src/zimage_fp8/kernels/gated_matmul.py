@@ -9,7 +9,6 @@ Exactness. Gates and values are not rounded between product and gate, which `mat
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zimage_fp8.kernels.activation import (
@@ -20,11 +19,11 @@ from zimage_fp8.kernels.activation import (
     codes_of,
     empty_activation,
     encode,
-    encode_reference,
 )
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.matmul import Tile, has_tma, place
 from zimage_fp8.kernels.scaled_mm import scaled_mm
+from zimage_fp8.kernels.swiglu import gated_reference
 from zimage_fp8.numerics import QMAX
 
 # n is the width of what is written: as many columns of w1 and of w3.
@@ -61,11 +60,9 @@ def gated_matmul_reference(
         wide = x.values.float() @ weight.float().T
     else:
         wide = scaled_mm(x.values, x.scale, weight, weight_scale, torch.float32)
-    gate, value = wide.chunk(2, dim=-1)
-    y = F.silu(gate) * value
-    if _is_written_at_once(out):
-        return encode_reference(y, out, dtype)
-    return encode(y.to(dtype), out)
+    if out.spec is not None and _is_written_at_once(out):
+        return gated_reference(wide, out)
+    return encode(gated_reference(wide, PLAIN).values.to(dtype), out)
 
 
 def gated_matmul_triton(

@@ -121,9 +121,9 @@ class _Source:
 
 
 def _fill(model: ZImageTransformer, source: _Source) -> None:
-    # The fused engine packs all adaLN projections and frees them. Read first they lie together, and
-    # are given back; between other weights they left holes of 8 MB, 250 MB of them at full size,
-    # that nothing could use (PyTorch's segments that grow, H200).
+    # The fused engine packs all adaLN projections, 250 MB at full size, and frees them. Read first
+    # they lie together, and can be given back; between other weights they would leave holes of
+    # 8 MB, less than PyTorch's segments that grow give back.
     modules = sorted(model.named_modules(), key=lambda item: "adaLN_modulation" not in item[0])
     for module_name, module in modules:
         members = members_of(module_name)
