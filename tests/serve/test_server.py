@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,6 +88,13 @@ class Started:
         assert any(words in line for line in iter(self.process.stderr.readline, ""))
 
 
+def wait_until_running(client: httpx2.Client, count: int) -> None:
+    """Until so many pictures are being drawn."""
+    deadline = time.monotonic() + 30
+    while f"requests_running {count}.0" not in client.get("/metrics").text:
+        assert time.monotonic() < deadline
+
+
 @pytest.fixture
 def server(tiny_model: Path, tmp_path: Path) -> Iterator[Started]:
     port = free_port()
@@ -118,10 +126,11 @@ def test_a_picture_over_http_and_a_clean_end(server: Started) -> None:
     ):
         answer = client.post("/v1/images/generations", json=body).json()
         server.wait_for("prompt: x")
-        drawing = pool.submit(
-            client.post, "/v1/images/generations", json={**body, "prompt": "y", "n": 4}
-        )
+        wait_until_running(client, 0)
+        longer = {**body, "prompt": "y", "n": 4, "num_inference_steps": 40}
+        drawing = pool.submit(client.post, "/v1/images/generations", json=longer)
         server.wait_for("prompt: y")
+        wait_until_running(client, 1)  # what has not begun is refused
         server.process.send_signal(signal.SIGTERM)
         assert len(drawing.result(60).json()["data"]) == 4
     png = base64.b64decode(answer["data"][0]["b64_json"])
