@@ -173,7 +173,10 @@ def test_a_prompt_becomes_a_picture_by_keyboard_alone(server: Live, visit: "Visi
     assert shown.get_attribute("alt") == "a fox on a sledge"
     assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [64, 32]
     assert text(page, "#status") == "The picture is finished."
-    assert re.match(r"seed \d+ · 64 × 32 · 8 steps · bf16_base · 0.8[78]", text(page, "#facts"))
+    # 0.875 s by the engine; waiting in the queue and the file add what the machine makes of them.
+    facts = re.match(r"seed \d+ · 64 × 32 · 8 steps · bf16_base · (\d\.\d+)", text(page, "#facts"))
+    assert facts
+    assert 0.87 <= float(facts[1]) < 2
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "draw"
 
