@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fake_engine import FakeEngine
-from live_server import Live, live
+from live_server import Live, live, wait_until
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.serve import ServeOptions, build_app
@@ -211,7 +211,12 @@ def test_drawing_can_be_cancelled(
         page.click("#cancel")
     page.wait_for_selector("#draw", state="visible")
     assert page.locator("#status").text_content() == "Cancelled."
+    # The page knows at once; the server has the length of the steps to see that it is alone.
+    engine.step_s = 0.2
     engine.gate.set()
+    metrics = f"{server.url}/metrics"
+    wait_until(lambda: "cancelled_total 1.0" in httpx2.get(metrics, trust_env=False).text)
+    engine.step_s = 0.0
     draw(page)
     assert len(engine.requests) == 1
 
