@@ -1,21 +1,24 @@
-"""What attention in 8 bits would cost nano's pictures, by simulation on any device.
+"""What attention in 8 bits costs nano's pictures: simulated on any device, or run on a GPU.
 
     python benchmarks/attention_bits.py
+    python benchmarks/attention_bits.py --run fa3 fa3-fp8 --out nano-attention-gpu.json
 
-Each form rounds what a kernel of that form rounds, and computes the rest in FP32:
+Simulated, each form rounds what a kernel of that form rounds, and computes the rest in FP32:
 
 e4m3       q, k, v with one scale a head, and the probabilities times 2^8: FlashAttention-3's FP8.
 e4m3-qk    q and k alone, probabilities and v in 16 bits.
 int8-qk    q and k in INT8 with a scale per token, k less its mean: SageAttention's idea.
 
-Every form is drawn under several policies, from the latents of the unquantized FP32 model, and
-compared with the same policy without it, prompt by prompt.
+With `--run` the fused engine draws with each of these attention backends, in BF16. Every form is
+drawn under several policies, from the latents of the unquantized FP32 model, and compared with the
+first form under the same policy, prompt by prompt.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,10 +28,13 @@ from torch import Tensor
 
 import quality_nano
 from gpu import envelope, write_rows
+from zimage_fp8.engine.loading import EngineOptions
+from zimage_fp8.engine.loading import load_pipeline as load_fast_pipeline
 from zimage_fp8.kernels.attention import attention
 from zimage_fp8.model import z_image
 from zimage_fp8.model.calibration import read_prompts
 from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.numerics import amax, dequantize, quantize, scale_of
 
 RESULT = quality_nano.HERE / "results" / "nano-attention-bits.json"
@@ -77,6 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=48, help="prompts")
     parser.add_argument("--device")
+    parser.add_argument("--run", nargs="+", metavar="BACKEND", help="attention backends of a GPU")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     requests = quality_nano.requests_of(read_prompts(quality_nano.PROMPTS)[: given.limit])
@@ -87,12 +94,10 @@ def main() -> int:
         for policy in POLICIES:
             variant = quality_nano.Variant(policy or "bf16_base", policy)
             made = quality_nano.make(variant, Path(folder), given.device)
-            pipeline = load_pipeline(made, device=given.device)
+            drawn = ran(made, given) if given.run else simulated(made, given)
             plain: np.ndarray | None = None
-            for name, form in FORMS.items():
-                with patch.object(z_image, "attention", in_dtype(form) if form else attention):
-                    pipeline.captions.clear()
-                    values = quality_nano.psnr_db(quality_nano.draw(pipeline, requests), exact)
+            for name, draw in drawn:
+                values = quality_nano.psnr_db(draw(requests), exact)
                 row = {"policy": variant.name, "attention": name} | quality_nano.summary(values)
                 if plain is None:
                     plain = values
@@ -104,6 +109,30 @@ def main() -> int:
     facts = envelope() | {"prompts": len(requests), "size": size, "steps": quality_nano.STEPS}
     write_rows(given.out, facts, "rows", rows)
     return 0
+
+
+Draw = Callable[[Sequence[ImageRequest]], np.ndarray]
+
+
+def simulated(made: str, given: argparse.Namespace) -> Iterator[tuple[str, Draw]]:
+    """The plain model, with each form in the place of its attention."""
+    pipeline = load_pipeline(made, device=given.device)
+
+    def draw(form: Attention | None, requests: Sequence[ImageRequest]) -> np.ndarray:
+        with patch.object(z_image, "attention", in_dtype(form) if form else attention):
+            pipeline.captions.clear()
+            return quality_nano.draw(pipeline, requests)
+
+    for name, form in FORMS.items():
+        yield name, partial(draw, form)
+
+
+def ran(made: str, given: argparse.Namespace) -> Iterator[tuple[str, Draw]]:
+    """The fused engine with each backend."""
+    for name in given.run:
+        options = EngineOptions(engine="fused", attention_backend=name)
+        pipeline = load_fast_pipeline(made, options=options, device=given.device)
+        yield name, partial(quality_nano.draw, pipeline)
 
 
 def in_dtype(form: Attention) -> Attention:

@@ -14,6 +14,7 @@ its power limit; the median is reported with SM clock and power.
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,10 @@ def show(name: str, size: str, result: dict[str, float]) -> None:
 
 
 def measure(
-    model: RandomModel, policies: list[str], seconds: float, backend: str
+    model: RandomModel, policies: list[str], seconds: float, backends: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """The loop under every policy, size by size."""
-    for policy in policies:
+    """The loop under every policy and attention, size by size."""
+    for policy, backend in product(policies, backends):
         engine = engine_of(model.transformer(policy), backend)
         for name, size in model.sizes.items():
             with torch.inference_mode():
@@ -259,6 +260,11 @@ def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
             "instead of PyTorch's choice",
             lambda: fused("full", "fa3", DEVICE),
         ),
+        (
+            "attention in E4M3",
+            "if asked for: `--attention-backend fa3-fp8`",
+            lambda: fused("full", "fa3-fp8", DEVICE),
+        ),
     )
     for name, what, make in rungs:
         details = {}
@@ -277,11 +283,13 @@ def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
-def profile(model: RandomModel, policies: list[str], backend: str) -> Iterator[dict[str, Any]]:
+def profile(
+    model: RandomModel, policies: list[str], backends: list[str]
+) -> Iterator[dict[str, Any]]:
     """Where a loop's time goes, by kernel, under load."""
     on_gpu = DEVICE.type == "cuda"
     activity = torch.profiler.ProfilerActivity
-    for policy in policies:
+    for policy, backend in product(policies, backends):
         engine = engine_of(model.transformer(policy), backend)
         for size_name, size in model.sizes.items():
             with torch.inference_mode():
@@ -310,7 +318,8 @@ def profile(model: RandomModel, policies: list[str], backend: str) -> Iterator[d
             print(f"{policy} {size_name}: {total:.1f} ms in kernels")
             for row in kernels[:16]:
                 print(f"  {row['ms']:8.2f} ms {row['launches']:5} x {str(row['name'])[:90]}")
-            yield {"policy": policy, "size": size_name, "ms": total, "kernels": kernels[:40]}
+            facts = {"policy": policy, "attention": engine.attention.name, "size": size_name}
+            yield facts | {"ms": total, "kernels": kernels[:40]}
         engine.graphs.forget()
 
 
@@ -325,7 +334,7 @@ def main() -> None:
     parser.add_argument("--ladder", type=Path)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--attention", nargs="+", default=["auto"])
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--scale", choices=SIZES, default="full", help="tiny: a dry run")
     arguments = parser.parse_args()
@@ -337,10 +346,10 @@ def main() -> None:
         "steps": STEPS,
         "caption_tokens": CAPTION_TOKENS,
     }
-    policies, backend, seconds = arguments.policies, arguments.attention, arguments.seconds
+    policies, backends, seconds = arguments.policies, arguments.attention, arguments.seconds
     for path, key, rows in (
-        (arguments.out, "loops", measure(model, policies, seconds, backend)),
-        (arguments.profile, "tables", profile(model, policies, backend)),
+        (arguments.out, "loops", measure(model, policies, seconds, backends)),
+        (arguments.profile, "tables", profile(model, policies, backends)),
         (arguments.ladder, "rungs", ladder(model, seconds)),
     ):
         if path:

@@ -218,6 +218,7 @@ def baselines_table(results: Path) -> str:
 LOOP_TARGETS_MS = {
     "full": (195, 425),
     "online_fp8": (205, 450),
+    "fp8-row": (205, 450),
     "int8-rot": (215, 470),
     "bf16_base": (325, 690),
 }
@@ -226,51 +227,84 @@ REQUEST_TARGET_MS = (230, 490)
 STAGE_TARGETS_MS = {"encode": (6, 6), "decode": (17, 33), "picture": (10, 20)}
 START_TARGET_S, NEW_SIZE_TARGET_S = 20, 2
 SIZES = ("1024x512", "1024x1024")
+# Loops and requests of each kind of GPU.
+MACHINES = (
+    ("engine.json", "gpu-request.json"),
+    ("engine-h200.json", "gpu-request-h200.json"),
+)
 
 
 def targets_table(results: Path) -> str:
-    """Every target beside what was measured; misses are marked."""
-    loops, requests = _read(results / "engine.json"), _read(results / "gpu-request.json")
-    if loops is None or requests is None:
+    """Every target beside what was measured on each kind of GPU; misses are marked."""
+    found = [(_read(results / loops), _read(results / asked)) for loops, asked in MACHINES]
+    machines = [
+        (loops, {row["variant"]: row for row in asked["requests"]})
+        for loops, asked in found
+        if loops and asked
+    ]
+    if not machines:
         return NOT_YET
-    loop_ms = {(row["policy"], row["size"]): row["ms"] for row in loops["loops"]}
-    asked = {row["variant"]: row for row in requests["requests"]}
-    full = asked["full"]
+    loop_ms = [
+        {(row["policy"], row["size"]): row["ms"] for row in loops["loops"]} for loops, _ in machines
+    ]
+    full = [asked["full"]["sizes"] for _, asked in machines]
     body = []
     for policy, targets in LOOP_TARGETS_MS.items():
-        found = [loop_ms[policy, size] for size in SIZES]
-        body.append(_target(f"denoise loop, `{policy}`", "ms", found, targets))
-    found = [full["sizes"][size]["p50_ms"] for size in SIZES]
-    body.append(_target("request over HTTP, `full`, p50", "ms", found, REQUEST_TARGET_MS))
+        ms = [[one[policy, size] for one in loop_ms] for size in SIZES]
+        body.append(_target(f"denoise loop, `{policy}`", "ms", ms, targets))
+    ms = [[one[size]["p50_ms"] for one in full] for size in SIZES]
+    body.append(_target("request over HTTP, `full`, p50", "ms", ms, REQUEST_TARGET_MS))
     for stage, targets in STAGE_TARGETS_MS.items():
-        found = [full["sizes"][size]["stages_ms"][stage] for size in SIZES]
-        body.append(_target(f"of which {stage}", "ms", found, targets))
+        ms = [[one[size]["stages_ms"][stage] for one in full] for size in SIZES]
+        body.append(_target(f"of which {stage}", "ms", ms, targets))
     for variant, targets in PEAK_TARGETS_GIB.items():
-        found = [asked[variant]["sizes"][size]["peak_bytes"] / GIB for size in SIZES]
-        body.append(_target(f"peak GPU memory, `{variant}`", "GiB", found, targets))
-    start = [row["start_to_first_picture_s"] for row in asked.values()]
-    new = [row["new_size_first_picture_s"] for row in asked.values()]
-    for what, values, target in (
-        ("start to first picture", start, START_TARGET_S),
-        ("first picture of a new size", new, NEW_SIZE_TARGET_S),
+        gib = [
+            [asked[variant]["sizes"][size]["peak_bytes"] / GIB for _, asked in machines]
+            for size in SIZES
+        ]
+        body.append(_target(f"peak GPU memory, `{variant}`", "GiB", gib, targets))
+    for what, part, target in (
+        ("start to first picture", "start_to_first_picture_s", START_TARGET_S),
+        ("first picture of a new size", "new_size_first_picture_s", NEW_SIZE_TARGET_S),
     ):
-        mark = "" if max(values) <= target else " ✗"
-        body.append(
-            [what, "s", f"{min(values):.1f} to {max(values):.1f}{mark}", f"{target}", "", ""]
-        )
-    head = ["", "", "1024×512", "target", "1024×1024", "target"]
-    return markdown_table(head, body)
+        seconds = [[row[part] for row in asked.values()] for _, asked in machines]
+        cells = [
+            f"{min(of):.1f} to {max(of):.1f}{'' if max(of) <= target else ' ✗'}" for of in seconds
+        ]
+        body.append([what, "s", *cells, f"{target}", *[""] * (len(machines) + 1)])
+    names = [loops["gpu"]["name"].split()[1] for loops, _ in machines]  # NVIDIA H100 80GB HBM3
+    of_size = [[f"{size.replace('x', '×')}, {name}" for name in names] for size in SIZES]
+    return markdown_table(["", "", *of_size[0], "target", *of_size[1], "target"], body)
 
 
 def _target(
-    what: str, unit: str, found: Sequence[float], targets: Sequence[float]
+    what: str, unit: str, found: Sequence[Sequence[float]], targets: Sequence[float]
 ) -> Sequence[str]:
+    """found: per size, what each machine did."""
     cells: list[str] = []
-    for value, target in zip(found, targets, strict=True):
-        digits = 2 if unit == "GiB" else 0 if value >= 100 else 1
-        mark = "" if value <= target else " ✗"
-        cells += [f"{value:.{digits}f}{mark}", f"{target:g}"]
+    for values, target in zip(found, targets, strict=True):
+        for value in values:
+            digits = 2 if unit == "GiB" else 0 if value >= 100 else 1
+            cells.append(f"{value:.{digits}f}{'' if value <= target else ' ✗'}")
+        cells.append(f"{target:g}")
     return (what, unit, *cells)
+
+
+def attention_table(results: Path) -> str:
+    """The same loops with attention in 16 and in 8 bits, one after the other."""
+    found = _read(results / "engine-attention.json")
+    if found is None:
+        return NOT_YET
+    ms = {(row["policy"], row["size"], row["attention"]): row["ms"] for row in found["loops"]}
+    names = list(dict.fromkeys(row["attention"] for row in found["loops"]))
+    pairs = dict.fromkeys((row["policy"], row["size"]) for row in found["loops"])
+    body = []
+    for policy, size in pairs:
+        of = [ms[policy, size, name] for name in names]
+        changes = (f"{value:.1f} ({value / of[0] - 1:+.1%})" for value in of[1:])
+        body.append([f"`{policy}`", size.replace("x", "×"), f"{of[0]:.1f}", *changes])
+    head = ["policy", "size", *(f"`{name}`, ms" for name in names)]
+    return _with_facts(found, markdown_table(head, body), "The denoise loop by attention")
 
 
 def _speed(row: dict[str, Any]) -> Sequence[str]:

@@ -526,17 +526,21 @@ def fused_rows(scale: str) -> list[dict[str, object]]:
             for kernel, run, reference, num_bytes in jobs:
                 limit = Limit.copy(num_bytes, copy_gbs)
                 results.append(fused_row(kernel, name, rows, run, reference, limit, SETS))
-        results.append(
-            fused_row(
-                "qk_norm_rope",
-                "bf16",
-                rows,
-                lambda i: qk_norm_rope_triton(qkv[i], weight, weight, table, 1e-5),
-                lambda i: qk_norm_rope_reference(qkv[i], weight, weight, table, 1e-5),
-                Limit.copy(rows * dim * 8, copy_gbs),
-                3,
+        # In place on q and k, or from all three to codes of their own.
+        codes = torch.full((3, 1, dim // head_dim), 0.02, device=DEVICE)
+        for name, scale_of_heads, bytes_each in (("bf16", None, 8), ("e4m3", codes, 9)):
+            rest = (weight, weight, table, 1e-5, scale_of_heads)
+            results.append(
+                fused_row(
+                    "qk_norm_rope",
+                    name,
+                    rows,
+                    lambda i, rest=rest: qk_norm_rope_triton(qkv[i], *rest),
+                    lambda i, rest=rest: qk_norm_rope_reference(qkv[i], *rest),
+                    Limit.copy(rows * dim * bytes_each, copy_gbs),
+                    3,
+                )
             )
-        )
     return [*results, *decoder_rows(scale, copy_gbs)]
 
 
@@ -629,7 +633,9 @@ def fused_row(
 def _values(result: object) -> Tensor:
     """What a kernel wrote, dequantized: the last of several results."""
     if isinstance(result, tuple):
-        result = result[-1] if isinstance(result[-1], Activation) else torch.cat(result[:2])
+        last = result[-1]
+        heads = result[:2]  # q and k; codes of 8 bits are not joined everywhere
+        result = last if isinstance(last, Activation) else torch.cat([x.float() for x in heads])
     if isinstance(result, Activation):
         values = result.values.float()
         return values if result.scale is None else values * result.scale

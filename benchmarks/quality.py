@@ -21,7 +21,8 @@ RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 OUTLIERS, GEMM, SENSITIVITY = "nano-outliers.json", "gemm-error.json", "nano-sensitivity.json"
 OUTLIERS_CPU, QUALITY = "nano-outliers-cpu.json", ("nano-quality.json", "nano-quality-gpu.json")
 PLANS, POLICIES = "nano-plans.json", "nano-outliers-policies.json"
-DEVICES, ATTENTION = "nano-devices.json", "nano-attention-bits.json"
+DEVICES = "nano-devices.json"
+ATTENTION, ATTENTION_RUN = "nano-attention-bits.json", "nano-attention-gpu.json"
 SEARCH, ROUNDINGS, STEPS = "nano-search.json", "nano-roundings.json", "nano-steps.json"
 
 MEANINGS = {
@@ -205,9 +206,9 @@ def device_table(results: Path) -> str:
     return "\n\n".join([markdown_table(head, rows), note, _made(found)])
 
 
-def attention_table(results: Path) -> str:
-    """What attention in 8 bits would cost, by simulation."""
-    found = json.loads((results / ATTENTION).read_text())
+def attention_table(results: Path, name: str = ATTENTION) -> str:
+    """What attention in 8 bits costs: simulated, or run on a GPU."""
+    found = json.loads((results / name).read_text())
     forms = list(dict.fromkeys(row["attention"] for row in found["rows"]))
     by = {(row["policy"], row["attention"]): row for row in found["rows"]}
     rows = []

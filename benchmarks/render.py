@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from enum import EnumType
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -352,6 +353,7 @@ BLOCKS: dict[str, Renderer] = {
     "full-size-gpu": reference_run("full-size-gpu"),
     "gpu-headline": gpu_headline,
     "nano-evaluation": evaluation_table,
+    "engine-attention": engine_tables.attention_table,
     "engine-block": engine_tables.block_table,
     "engine-kernels": engine_tables.kernels_table,
     "engine-baselines": engine_tables.baselines_table,
@@ -365,6 +367,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-devices": quality.device_table,
     "nano-agreement": quality.agreement_table,
     "nano-attention-bits": quality.attention_table,
+    "nano-attention-gpu": partial(quality.attention_table, name=quality.ATTENTION_RUN),
     "nano-outlier-losses": quality.outlier_losses,
     "nano-roundings": quality.rounding_table,
     "nano-steps": quality.step_table,

@@ -46,6 +46,7 @@ REQUEST = {
 }
 TABLES = (
     (engine_tables.loops_table, "engine.json"),
+    (engine_tables.attention_table, "engine-attention.json"),
     (engine_tables.kernels_table, "kernels.json"),
     (engine_tables.request_table, "gpu-request.json"),
     (engine_tables.baselines_table, "baselines.json"),
@@ -137,6 +138,40 @@ def test_what_was_measured_again_replaces_its_first_measurement(tmp_path: Path) 
     assert "| `to_out` | e4m3-scalar | 2,112 | cublas | 100 | 1 | 100 |" in text
     assert "cublas | 50 |" not in text
     assert "`w2` in e4m3-scalar were measured once more" in text
+
+
+def test_targets_stand_beside_every_machine_that_was_measured(tmp_path: Path) -> None:
+    loops = [
+        LOOP | {"policy": policy, "size": size, "ms": 205.4}
+        for policy in engine_tables.LOOP_TARGETS_MS
+        for size in engine_tables.SIZES
+    ]
+    at = {"p50_ms": 229.0, "stages_ms": {"encode": 6.2, "decode": 15.0, "picture": 3.0}}
+    at |= {"peak_bytes": 14.2 * 2**30}
+    asked = [
+        REQUEST | {"variant": variant, "sizes": dict.fromkeys(engine_tables.SIZES, at)}
+        for variant in engine_tables.PEAK_TARGETS_GIB
+    ]
+    write(tmp_path, "engine.json", loops=loops)
+    assert engine_tables.targets_table(tmp_path) == engine_tables.NOT_YET  # no requests
+    write(tmp_path, "gpu-request.json", requests=asked)
+    alone = engine_tables.targets_table(tmp_path)
+    assert "|  |  | 1024×512, H200 | target | 1024×1024, H200 | target |" in alone
+    assert "| denoise loop, `full` | ms | 205 ✗ | 195 | 205 | 425 |" in alone
+    write(tmp_path, "engine-h200.json", loops=[one | {"ms": 99.0} for one in loops])
+    write(tmp_path, "gpu-request-h200.json", requests=asked)
+    both = engine_tables.targets_table(tmp_path)
+    assert "| denoise loop, `full` | ms | 205 ✗ | 99.0 | 195 | 205 | 99.0 | 425 |" in both
+    assert "| of which encode | ms | 6.2 ✗ | 6.2 ✗ | 6 | 6.2 ✗ | 6.2 ✗ | 6 |" in both
+    assert "| `full` | GiB | 14.20 ✗ | 14.20 ✗ | 14 |" in both.replace("peak GPU memory, ", "")
+    assert "| start to first picture | s | 17.2 to 17.2 | 17.2 to 17.2 | 20 |  |  |  |" in both
+
+
+def test_attention_in_8_bits_is_compared_with_16_in_the_same_run(tmp_path: Path) -> None:
+    loops = [LOOP | {"attention": "fa3", "ms": 200.0}, LOOP | {"attention": "fa3-fp8", "ms": 190.0}]
+    text = engine_tables.attention_table(write(tmp_path, "engine-attention.json", loops=loops))
+    assert "| policy | size | `fa3`, ms | `fa3-fp8`, ms |" in text
+    assert "| `full` | 1024×512 | 200.0 | 190.0 (-5.0%) |" in text
 
 
 def test_baselines_show_every_part_and_count_forwards(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The fused sequence against the plain model: same mathematics, other order of work."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from compare import sqnr_db
 from zimage_fp8.engine.gemm import AT_ONCE, GATED, Choice, Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
-from zimage_fp8.kernels.attention import BACKENDS
+from zimage_fp8.kernels.attention import BACKENDS, Target, attention
 from zimage_fp8.kernels.matmul import Tile
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.sampling import transformer_time
 from zimage_fp8.model.source import find_model
+from zimage_fp8.numerics import dequantize
 from zimage_fp8.quant.calibrate import Calibration
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -144,6 +146,43 @@ def test_samples_of_a_batch_do_not_touch_each_other(tiny_model: Path, device: st
             assert sqnr_db(together[index : index + 1], alone) > 100
             alone = engine.forward(one, times[0], refined[0])
             assert sqnr_db(at_one_time[index : index + 1], alone) > 100
+
+
+@pytest.mark.parametrize("policy", ["bf16_base", "online_fp8", "fp8-row", "int8-rot"])
+def test_attention_reads_codes_that_its_bound_never_clips(tiny_model: Path, policy: str) -> None:
+    """Two timesteps in a batch, so that each picture has a scale of v of its own."""
+    largest: list[Tensor] = []
+
+    def run_codes(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        codes = q, k, v
+        assert {x.dtype for x in codes} == {torch.float8_e4m3fn}
+        assert not torch.equal(scale[2, 0], scale[2, 1])
+        largest.append(torch.stack([x.float().abs().amax() for x in codes]))
+        return attention(
+            *(dequantize(x, s[:, None, :, None]) for x, s in zip(codes, scale, strict=True))
+        )
+
+    pipeline = load(tiny_model, policy, "float32", "cpu")
+    by_codes = replace(BACKENDS["sdpa"], run_codes=run_codes)
+    latent, t = inputs(pipeline, batch=2), torch.tensor([0.1, 0.9])
+    with torch.inference_mode():
+        refined = pipeline.transformer.refine_caption(*caption(pipeline))
+        expected = fused(pipeline).forward(latent, t, refined)
+        engine = FusedTransformer(pipeline.transformer, by_codes, GraphCache(pipeline.device))
+        found = engine.forward(latent, t, refined)
+    assert len(largest) == len(engine.refiner) + len(engine.layers)
+    assert torch.stack(largest).max() < 448
+    assert torch.stack(largest).min() > 1  # the bound leaves most octaves below it
+    assert 25 < sqnr_db(found, expected) < 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["bf16_base", "full"])
+def test_nano_with_attention_in_e4m3(policy: str) -> None:
+    if reason := BACKENDS["fa3-fp8"].refusal(Target(torch.device("cuda"), torch.bfloat16, 64)):
+        pytest.skip(reason)
+    pipeline = load("nano", policy, "bfloat16", "cuda")
+    assert 20 < agreement_db(pipeline, "fa3-fp8") < 45
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from zimage_fp8.kernels.attention import (
     choose_backend,
     refusals,
 )
+from zimage_fp8.numerics import dequantize, quantize
 
 CPU = Target(torch.device("cpu"), torch.bfloat16, 128)
 GPU = Target(torch.device("cuda"), torch.bfloat16, 128)
@@ -135,7 +136,13 @@ def test_an_unknown_name_lists_all_that_are_known(name: str) -> None:
 def test_16_bits_and_head_dims_are_needed_where_stated(machine) -> None:
     machine((9, 0), FA3, SAGE)
     wide = refusals(Target(torch.device("cuda"), torch.float32, 128))
-    assert {name for name, reason in wide.items() if reason} == {"fa3", "cudnn", "flash2", "sage"}
+    assert {name for name, reason in wide.items() if reason} == {
+        "fa3",
+        "fa3-fp8",
+        "cudnn",
+        "flash2",
+        "sage",
+    }
     assert wide["fa3"] == "it takes 16-bit values, not float32"
     odd = refusals(Target(torch.device("cuda"), torch.bfloat16, 80))
     assert odd["fa3"] == "it takes heads of 64 or 128, not 80"
@@ -163,8 +170,8 @@ def test_on_the_cpu_every_backend_is_the_softmax(name: str) -> None:
     assert sqnr_db(attention(q, k, v), expected.float()) > 110
 
 
-# BF16's rounding of the result alone leaves 55 dB; sage keeps q and k in INT8.
-LEAST_DB = {"sage": 25.0}
+# BF16's rounding of the result alone leaves 55 dB; sage keeps q and k in INT8, fa3-fp8 all in E4M3.
+LEAST_DB = {"sage": 25.0, "fa3-fp8": 20.0}
 
 
 @pytest.mark.gpu
@@ -189,6 +196,23 @@ def test_views_of_packed_heads_are_read_right(name: str) -> None:
         pytest.skip(reason)
     packed = torch.stack(example("cuda", torch.bfloat16), dim=2)
     q, k, v = packed.unbind(2)
-    found = BACKENDS[name].run(q, k, v)
+    found = BACKENDS[name].run(*packed.clone().unbind(2))  # some write into what they are given
     alone = BACKENDS[name].run(q.contiguous(), k.contiguous(), v.contiguous())
     assert sqnr_db(found.float(), alone.float()) > 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 2112])
+def test_codes_are_attended_as_they_lie_packed(tokens: int) -> None:
+    if reason := BACKENDS["fa3-fp8"].refusal(GPU):
+        pytest.skip(reason)
+    run_codes = BACKENDS["fa3-fp8"].run_codes
+    assert run_codes is not None
+    values = torch.stack(example("cuda", torch.float32, tokens))
+    scale = torch.rand(3, 2, 3, device="cuda") / 40 + 0.01  # a different one for every head
+    codes = quantize(values, scale[:, :, None, :, None], "e4m3")
+    packed = codes.permute(1, 2, 0, 3, 4).contiguous()
+    found = run_codes(*packed.unbind(2), scale)
+    exact = dequantize(codes, scale[:, :, None, :, None])
+    assert found.dtype == torch.bfloat16
+    assert sqnr_db(found.float(), attention(*exact)) > 25  # what rounding probabilities leaves

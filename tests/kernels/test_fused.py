@@ -155,17 +155,61 @@ def test_gated(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
     ],
 )
 def test_qk_norm_rope(device: str, dtype: torch.dtype, heads: int, head_dim: int) -> None:
-    tokens = 32
-    qkv = randn(2, tokens, 3 * heads * head_dim, device=device, dtype=dtype)
-    weights = [1 + 0.1 * randn(head_dim, device=device, dtype=dtype, seed=s) for s in (1, 2)]
-    positions = torch.arange(tokens)[:, None].expand(-1, 3)
-    half = head_dim // 4
-    table = rope_table(positions, (half, half, 2 * half), 256.0).to(device)
+    qkv, weights, table = heads_example(device, dtype, heads, head_dim)
     expected = qk_norm_rope.qk_norm_rope_reference(qkv.clone(), *weights, table, 1e-5)
     actual = qk_norm_rope.qk_norm_rope_triton(qkv, *weights, table, 1e-5)
     for got, wanted in zip(actual, expected, strict=True):
         agree(Activation(got), Activation(wanted), Output(), dtype)
     assert torch.equal(actual[2], expected[2])  # v is not touched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (30, 128)])
+def test_qk_norm_rope_writes_codes(heads: int, head_dim: int) -> None:
+    """On a GPU only: Triton's interpreter rounds to E4M3 wrongly."""
+    qkv, weights, table = heads_example("cuda", torch.bfloat16, heads, head_dim)
+    before = qkv.clone()
+    scale = (torch.rand(3, 2, heads, device="cuda") + 0.1) / 100  # clips some of each
+    expected = qk_norm_rope.qk_norm_rope_reference(qkv, *weights, table, 1e-5, scale)
+    actual = qk_norm_rope.qk_norm_rope_triton(qkv, *weights, table, 1e-5, scale)
+    assert torch.equal(qkv, before)
+    for got, wanted, s in zip(actual, expected, scale, strict=True):
+        assert got.dtype == torch.float8_e4m3fn
+        assert got.float().abs().max() == 448
+        per_token = s[:, None, :, None].expand_as(got).reshape(-1, 1)
+        agree(
+            Activation(got.reshape(-1, head_dim), per_token),
+            Activation(wanted.reshape(-1, head_dim), per_token),
+            Output(E4M3_ROW),
+            torch.bfloat16,
+        )
+    assert torch.equal(actual[2].view(torch.uint8), expected[2].view(torch.uint8))
+
+
+def heads_example(
+    device: str, dtype: torch.dtype, heads: int, head_dim: int
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """q, k and v of two pictures of 32 tokens, the norms' weights and a rotary table."""
+    tokens = 32
+    qkv = randn(2, tokens, 3 * heads * head_dim, device=device, dtype=dtype)
+    weights = [1 + 0.1 * randn(head_dim, device=device, dtype=dtype, seed=s) for s in (1, 2)]
+    positions = torch.arange(tokens)[:, None].expand(-1, 3)
+    half = head_dim // 4
+    return qkv, weights, rope_table(positions, (half, half, 2 * half), 256.0).to(device)
+
+
+@pytest.mark.parametrize("longest", [0, 5])
+def test_no_head_exceeds_its_reach(longest: int) -> None:
+    """Not even one whose values all lie in the channel of the largest weight, nor after turning."""
+    weight = torch.ones(16)
+    weight[longest] = -3.0
+    q = torch.zeros(1, 64, 3 * 16)
+    q[..., longest] = 7.0
+    positions = torch.arange(64)[:, None].expand(-1, 3)
+    table = rope_table(positions, (4, 4, 8), 256.0)
+    found, _, _ = qk_norm_rope.qk_norm_rope_reference(q, weight, weight, table, 1e-5)
+    reach = qk_norm_rope.reach_of_norm(weight)
+    assert 0.99 * reach < found.abs().max() <= reach
 
 
 def test_rotation_is_its_own_inverse_and_spreads() -> None:

@@ -14,6 +14,7 @@ differences:
 On the CPU the kernels are their references: the sequence itself is tested without a GPU.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.kernels.activation import Activation, encode
 from zimage_fp8.kernels.attention import Backend
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
-from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope
+from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
 from zimage_fp8.layout import PATCH, PATCH_KEY
 from zimage_fp8.model.z_image import (
     Block,
@@ -38,6 +39,7 @@ from zimage_fp8.model.z_image import (
     patchify,
     unpatchify,
 )
+from zimage_fp8.numerics import scale_of
 
 # Vectors of a timestep: per block the scale and gate of attention and of the feed-forward.
 SCALE_ATTENTION, GATE_ATTENTION, SCALE_FFN, GATE_FFN = range(4)
@@ -56,6 +58,11 @@ class FusedBlock:
     norm_q: Tensor
     norm_k: Tensor
     first_vector: int
+
+    @property
+    def index(self) -> int:
+        """Among the modulated blocks, refiner first."""
+        return self.first_vector // VECTORS
 
     @classmethod
     def of(cls, block: Block, first_vector: int, dtype: torch.dtype) -> "FusedBlock":
@@ -93,6 +100,9 @@ class FusedTransformer:
         self.layers = blocks[len(transformer.noise_refiner) :]
         self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
         self._norms = _norm_weights(modulated)
+        self._reach: Tensor | None = None
+        if attention.run_codes is not None:
+            self._reach = torch.stack([_reach(block, self.config.head_dim) for block in blocks])
         final = transformer.all_final_layer[PATCH_KEY]
         assert isinstance(final, FinalLayer)
         self._final = final
@@ -181,22 +191,46 @@ class FusedTransformer:
         x: Tensor = self.transformer.all_x_embedder[PATCH_KEY](patchify(latent.to(self.dtype)))
         if (missing := len(of_image) - num_image) > 0:
             x = torch.cat([x, self.transformer.x_pad_token.expand(len(x), missing, -1)], dim=1)
-        x = self._blocks(self.refiner, x, of_image, vectors)
+        scales = self._attention_scales(vectors, len(x))
+        x = self._blocks(self.refiner, x, of_image, vectors, scales)
         x = torch.cat([x, caption.expand(len(x), -1, -1)], dim=1)
         rope = torch.cat([of_image, of_caption])
-        x = self._blocks(self.layers, x, rope, vectors)
+        x = self._blocks(self.layers, x, rope, vectors, scales)
         scale = vectors[:, -1:]
         x = (F.layer_norm(x[:, :num_image].float(), x.shape[-1:], eps=1e-6) * scale).to(self.dtype)
         return unpatchify(self._final.linear(x), height, width).float()
 
-    def _blocks(self, blocks: list[FusedBlock], x: Tensor, rope: Tensor, vectors: Tensor) -> Tensor:
-        """x: [batch, tokens, dim] through a stack of blocks."""
+    def _attention_scales(self, vectors: Tensor, batch: int) -> Tensor | None:
+        """Of q, k and v for attention in E4M3: fp32 [blocks, 3, batch, heads], or None.
+
+        No sum over tokens: a bound suffices, since E4M3, a float, keeps its precision over 15
+        octaves. A normed token has length √dim at most, so |v| ≤ √dim · max |modulation| · ‖row of
+        the weight‖; `_reach` holds all but the modulation. Whatever quantizing the token adds to
+        its length is less than the quarter by which the bound is widened.
+        """
+        if self._reach is None:
+            return None
+        modulation = vectors[:, SCALE_ATTENTION:-1:VECTORS].abs().amax(-1).T  # [blocks, 1 or batch]
+        reach = self._reach[:, :, None].repeat(1, 1, batch, 1)
+        reach[:, 2] *= 1.25 * modulation[:, :, None]
+        return scale_of(reach, "e4m3")
+
+    def _blocks(
+        self,
+        blocks: list[FusedBlock],
+        x: Tensor,
+        rope: Tensor,
+        vectors: Tensor,
+        scales: Tensor | None,
+    ) -> Tensor:
+        """x: [batch, tokens, dim] through a stack of blocks. scales: of `_attention_scales`."""
         if not blocks:
             return x
         eps = self.config.norm_eps
         normed = norm(x, _vector(vectors, blocks[0], SCALE_ATTENTION), eps, blocks[0].to_qkv.reads)
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            h = self._attend(block, normed, x, rope)
+            of_heads = None if scales is None else scales[block.index]
+            h = self._attend(block, normed, x, rope, of_heads)
             x, normed = residual_norm(
                 x,
                 h,
@@ -213,11 +247,28 @@ class FusedTransformer:
             x, normed = residual_norm(x, h, gate, scale, eps, following.to_qkv.reads)
         raise AssertionError("the last block returns")
 
-    def _attend(self, block: FusedBlock, normed: Activation, x: Tensor, rope: Tensor) -> Tensor:
+    def _attend(
+        self, block: FusedBlock, normed: Activation, x: Tensor, rope: Tensor, scale: Tensor | None
+    ) -> Tensor:
         qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
-        q, k, v = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5)
-        mixed = self.attention.run(q, k, v).flatten(0, 1)
-        return block.to_out(encode(mixed, block.to_out.reads))
+        heads = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5, scale)
+        run, run_codes = self.attention.run, self.attention.run_codes
+        mixed = run_codes(*heads, scale) if run_codes and scale is not None else run(*heads)
+        return block.to_out(encode(mixed.flatten(0, 1), block.to_out.reads))
+
+
+def _reach(block: FusedBlock, head_dim: int) -> Tensor:
+    """How large q, k and v of each head can be, fp32 [3, heads]; v for a normed token of length
+    √dim before its modulation."""
+    linear = block.to_qkv
+    rows, dim = len(linear.weight) // 3, linear.weight.shape[1]
+    lengths = linear.weight[-rows:].float().norm(dim=1)
+    if linear.weight_scale is not None:
+        every = linear.weight_scale.expand(3 * rows)
+        lengths = lengths * every[-rows:]
+    v = math.sqrt(dim) * lengths.reshape(-1, head_dim).amax(1)
+    q, k = (reach_of_norm(weight).expand_as(v) for weight in (block.norm_q, block.norm_k))
+    return torch.stack([q, k, v])
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:

@@ -150,6 +150,8 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
     stacks = {"noise_refiner": _padded(pixels), "layers": _padded(pixels) + caption}
     kept = {f"all_x_embedder.{PATCH_KEY}": pixels, f"all_final_layer.{PATCH_KEY}.linear": pixels}
 
+    denoiser = pipeline.denoiser
+    codes = isinstance(denoiser, FusedTransformer) and denoiser.attention.run_codes is not None
     flops: Counter[str] = Counter()
     attended = 0.0
     kernels: Counter[str] = Counter()
@@ -172,7 +174,8 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
             # next; the first norm of a stack has no residual to share its reading of x with.
             normed = reads["attention.to_q"] + reads["feed_forward.w1"]
             kernels["_norm_kernel"] += dim * (normed + 6 * wide + (0 if index else wide))
-            kernels["_qk_norm_rope_kernel"] += dim * 4 * wide
+            # q and k, read and written; for attention on codes v too, written in 8 bits.
+            kernels["_qk_norm_rope_kernel"] += dim * (3 * wide + 3 if codes else 4 * wide)
             if not _is_gated_at_once(pipeline, stack, index, tokens):
                 kernels["_gated_kernel"] += ffn * (2 * wide + (1 if w2 else wide))
             elif w2 and not w2.is_static:
@@ -181,6 +184,6 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
                 kernels["_encode_kernel"] += dim * (wide + 1)
     return {
         GEMM: Work({format: float(count) for format, count in flops.items() if count}),
-        ATTENTION: Work({plain: attended}),
+        ATTENTION: Work({"e4m3" if codes else plain: attended}),
         **{name: Work(num_bytes=float(count)) for name, count in kernels.items()},
     }

@@ -1,57 +1,94 @@
-"""RMS norm of every query and key head and their rotary rotation, in place in the packed q, k, v.
+"""RMS norm of every query and key head and their rotary rotation, on the packed q, k, v.
 
-One program per token reads its q and k once and writes them back; v is not touched. Exactness: as
-`kernels.norm`, an fp32 ulp before the one rounding.
+One program per token reads its q and k once and writes them back; v is not touched. Attention in
+8 bits reads codes instead: then v is read too, and the codes of all three go to memory of their
+own. Exactness: as `kernels.norm`, an fp32 ulp before the one rounding.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
+from zimage_fp8.kernels.activation import FORMATS, codes_of
 from zimage_fp8.kernels.language import next_power_of_2, runs_triton, tl, triton
 from zimage_fp8.kernels.rms_norm import rms_norm
 from zimage_fp8.kernels.rope import apply_rope
+from zimage_fp8.numerics import DTYPE, QMAX, quantize
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def qk_norm_rope(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    table: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
 ) -> Heads:
     """qkv: [batch, tokens, 3 · heads · head_dim]; weights: [head_dim]; table: fp32
-    [tokens, head_dim / 2, 2]. Returns q, k, v: [batch, tokens, heads, head_dim]; on the GPU they
-    are views of qkv, which is overwritten."""
+    [tokens, head_dim / 2, 2]; scale: fp32 [3, batch, heads], of q, k and v, or None for values of
+    qkv's dtype. Returns q, k, v: [batch, tokens, heads, head_dim], E4M3 codes under `scale`; on the
+    GPU values without a scale are views of qkv, which is overwritten."""
     run = qk_norm_rope_triton if runs_triton(qkv) else qk_norm_rope_reference
-    return run(qkv, weight_q, weight_k, table, eps)
+    return run(qkv, weight_q, weight_k, table, eps, scale)
 
 
 def qk_norm_rope_reference(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    table: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
 ) -> Heads:
     q, k, v = _heads(qkv, len(weight_q))
-    q = apply_rope(rms_norm(q.float(), weight_q, eps), table).to(qkv.dtype)
-    k = apply_rope(rms_norm(k.float(), weight_k, eps), table).to(qkv.dtype)
-    return q, k, v
+    q = apply_rope(rms_norm(q.float(), weight_q, eps), table)
+    k = apply_rope(rms_norm(k.float(), weight_k, eps), table)
+    if scale is None:
+        return q.to(qkv.dtype), k.to(qkv.dtype), v
+    of_q, of_k, of_v = scale[:, :, None, :, None]
+    return quantize(q, of_q, "e4m3"), quantize(k, of_k, "e4m3"), quantize(v, of_v, "e4m3")
 
 
 def qk_norm_rope_triton(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor, eps: float
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    table: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
 ) -> Heads:
     batch, tokens, width = qkv.shape
     head_dim = len(weight_q)
     heads = width // (3 * head_dim)
+    out = qkv if scale is None else torch.empty_like(qkv, dtype=DTYPE["e4m3"])
     _qk_norm_rope_kernel[(batch * tokens,)](
         qkv,
+        out,
         weight_q,
         weight_k,
         table,
+        qkv if scale is None else scale,  # without one it is not read
+        batch,
         tokens,
         width,
         eps,
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_HEADS=next_power_of_2(2 * heads),
+        FORMAT=FORMATS[None if scale is None else "e4m3"],
+        QMAX=QMAX["e4m3"],
         num_warps=8 if width > 4096 else 4,
     )
-    return _heads(qkv, head_dim)
+    return _heads(out, head_dim)
+
+
+def reach_of_norm(weight: Tensor) -> Tensor:
+    """The largest magnitude that a head can have here, fp32 []: an RMS norm leaves a vector of
+    length √head_dim at most, and the rotation keeps the length of each pair."""
+    return math.sqrt(len(weight)) * weight.float().abs().amax()
 
 
 def _heads(qkv: Tensor, head_dim: int) -> Heads:
@@ -61,23 +98,16 @@ def _heads(qkv: Tensor, head_dim: int) -> Heads:
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    qkv,
-    weight_q,
-    weight_k,
-    table,
-    tokens,
-    width,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-):
+    qkv, out, weight_q, weight_k, table, scale, batch, tokens, width, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, QMAX: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     channel = tl.arange(0, HEAD_DIM)[None]
     mask = head < 2 * HEADS
-    target = qkv + row.to(tl.int64) * width + head * HEAD_DIM + channel
-    x = tl.load(target, mask, other=0.0).to(tl.float32)
+    at = row.to(tl.int64) * width + head * HEAD_DIM + channel
+    x = tl.load(qkv + at, mask, other=0.0).to(tl.float32)
     w_q = tl.load(weight_q + channel).to(tl.float32)
     w_k = tl.load(weight_k + channel).to(tl.float32)
     rstd = tl.math.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
@@ -88,4 +118,17 @@ def _qk_norm_rope_kernel(
     cos, sin = tl.load(angle), tl.load(angle + 1)
     turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
     x = tl.reshape(turned, (BLOCK_HEADS, HEAD_DIM))
-    tl.store(target, x.to(qkv.dtype.element_ty), mask)
+    if FORMAT:
+        # The scales lie as q's, k's and v's of every picture: [3, batch, heads].
+        of_head = scale + (row // tokens) * HEADS + head % HEADS
+        each = batch * HEADS
+        s = tl.load(of_head + head // HEADS * each, mask, other=1.0)
+        tl.store(out + at, codes_of(x, s, FORMAT, QMAX).to(out.dtype.element_ty), mask)
+        head_v = tl.arange(0, BLOCK_HEADS // 2)[:, None]
+        mask_v = head_v < HEADS
+        at_v = row.to(tl.int64) * width + (2 * HEADS + head_v) * HEAD_DIM + channel
+        v = tl.load(qkv + at_v, mask_v, other=0.0).to(tl.float32)
+        s_v = tl.load(scale + 2 * each + (row // tokens) * HEADS + head_v, mask_v, other=1.0)
+        tl.store(out + at_v, codes_of(v, s_v, FORMAT, QMAX).to(out.dtype.element_ty), mask_v)
+    else:
+        tl.store(out + at, x.to(out.dtype.element_ty), mask)
