@@ -59,7 +59,7 @@ FROM_AMPERE = EVERYWHERE | {"cudnn", "flash2", "sage"}
         ((8, 0), {"BF16", "INT8", "fused"}, FROM_AMPERE),
         ((8, 6), {"BF16", "INT8", "fused"}, FROM_AMPERE),
         ((8, 9), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # Ada
-        ((9, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE | {"fa3"}),  # Hopper
+        ((9, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE | {"fa3", "fa3-fp8"}),  # Hopper
         ((10, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # Blackwell
         ((12, 1), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # GB10
     ],
