@@ -73,6 +73,7 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
     ladder, loops, profile = (
         out / f"{name}.json" for name in ("engine-ladder", "engine", "engine-profile")
     )
+    attentions = ("fa3", "fa3-fp8") if is_full else ("sdpa", "math")
     quality = ["--limit", "8"] if not is_full else []
     few = ["--prompts", "8", "--few", "4"] if not is_full else []
     eager, compiled = out / "baselines.json", out / "baselines-compiled.json"
@@ -113,6 +114,15 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
         ),
         script("nano devices", 4, "devices.py", "--out", out / "nano-devices.json"),
         script("nano outliers", 8, "outliers.py", *few, "--out", out / "nano-outliers.json"),
+        script(
+            *("attention", 3, "engine.py", *scaled, *seconds, "--policies", "full", "online_fp8"),
+            *("--attention", *attentions, "--out", out / "engine-attention.json"),
+        ),
+        script(
+            *("nano attention", 3, "attention_bits.py", "--run", *attentions),
+            *(() if is_full else ("--limit", "2")),
+            *("--out", out / "nano-attention-gpu.json"),
+        ),
         script("profile", 3, "engine.py", *scaled, "--profile", profile, "--policies", "full"),
         script(
             *("kernels", 4, "kernels.py", *scaled, "--out", out / "kernels.json"),

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,14 @@ def test_rows_are_kept_when_the_next_one_fails(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_loops_ladder_and_profile_of_a_tiny_model() -> None:
     model = engine.RandomModel("tiny")
-    loops = list(engine.measure(model, ["full", "int8-rot"], 0, "auto"))
-    assert [(row["policy"], row["size"]) for row in loops] == [
-        (policy, size) for policy in ("full", "int8-rot") for size in engine.SIZES["tiny"]
-    ]
+    loops = list(engine.measure(model, ["full", "int8-rot"], 0, ["sdpa", "math"]))
+    assert [(row["policy"], row["attention"], row["size"]) for row in loops] == list(
+        product(("full", "int8-rot"), ("sdpa", "math"), engine.SIZES["tiny"])
+    )
     rungs = [row["name"] for row in engine.ladder(model, 0)]
     assert rungs[:5] == ["diffusers, eager", "packed, eager", "fused kernels", "CUDA graph", "FP8"]
-    tables = list(engine.profile(model, ["bf16_base"], "auto"))
+    tables = list(engine.profile(model, ["bf16_base"], ["auto"]))
+    assert [table["attention"] for table in tables] == ["sdpa"] * len(engine.SIZES["tiny"])
     assert all(table["kernels"] and table["ms"] > 0 for table in tables)
 
 
