@@ -55,7 +55,10 @@ BESIDE: dict[str, set[str]] = {
     "sensitivity": UP_TO_MODEL | {"evaluate", "heatmap", "quantize"},
     "render": UP_TO_MODEL | {"engine", "quantize"},
 }
-NEED_NO_TORCH = ("errors", "protocol", "provenance", "bench.load", "bench.record", "cli")
+NEED_NO_TORCH = (
+    *("errors", "protocol", "provenance", "bench.load", "bench.record", "cli"),
+    "checkpoint.read_ahead",
+)
 
 
 def allowed_imports() -> dict[str, set[str]]:

@@ -166,6 +166,8 @@ WRONG = {
     "not a PNG": (["generate", PROMPT, "-o", "a.gif"], 2, "must end in .png"),
     "unwritable output": (["generate", PROMPT, "-o", "no/such/a.png"], 1, "not a writable folder"),
     "missing model": (["generate", PROMPT, "--model", "./none"], 1, "does not exist"),
+    "no user's model": (["generate", PROMPT, "--model", "~nobody-here/m"], 1, "does not exist"),
+    "endless model": (["generate", PROMPT, "--model", "m" * 5000], 1, "does not exist"),
     "missing out": (["quantize", "nano"], 2, "--out is missing"),
     "missing prompt file": (
         ["quantize", "nano", "--out", "q", "--prompts", "p.txt"], 1, "p.txt cannot be read",

@@ -58,6 +58,10 @@ def generate(
     """
     let_segments_grow()
 
+    from zimage_fp8.checkpoint.read_ahead import read_ahead
+
+    read_ahead([model])  # while the imports below take their seconds
+
     from zimage_fp8.engine import EngineOptions, load_pipeline
     from zimage_fp8.generate import check_early, check_path, profile_to
     from zimage_fp8.generate import generate as draw

@@ -121,6 +121,10 @@ def serve(
     """
     let_segments_grow()
 
+    from zimage_fp8.checkpoint.read_ahead import read_ahead
+
+    read_ahead(models)  # while the imports below take their seconds
+
     from zimage_fp8.engine import EngineOptions
     from zimage_fp8.serve import ServeOptions, api_keys
     from zimage_fp8.serve import serve as run

@@ -33,15 +33,23 @@ def find_model(model: str) -> Path:
 
 def display_name(model: str) -> str:
     """The model's name for records that travel: never a path of this machine."""
-    path = Path(model).expanduser()
-    return path.resolve().name if model != EMBEDDED and path.exists() else model
+    path = None if model == EMBEDDED else _local(model)
+    return path.resolve().name if path else model
+
+
+def _local(model: str) -> Path | None:
+    """The path that `model` names, if there is one."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        return None
 
 
 def _locate(model: str) -> Path:
     if model == EMBEDDED:
         return NANO_FOLDER
-    path = Path(model).expanduser()
-    if path.exists():
+    if path := _local(model):
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         return _download(model)
