@@ -262,7 +262,7 @@ def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
         ),
         (
             "attention in E4M3",
-            "if asked for: `--attention-backend fa3-fp8`",
+            "if asked for by name",
             lambda: fused("full", "fa3-fp8", DEVICE),
         ),
     )

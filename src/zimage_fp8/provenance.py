@@ -9,6 +9,7 @@ from pathlib import Path
 from zimage_fp8 import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
+MEMINFO = Path("/proc/meminfo")
 
 
 def versions() -> dict[str, str]:
@@ -50,6 +51,15 @@ def machine() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def available_memory() -> int | None:
+    """Bytes that the system can spare without swapping, its page cache included; None: it does not
+    tell, as only Linux does."""
+    if not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024  # "12345 kB"
 
 
 def _cpu_name() -> str:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +201,27 @@ def test_views_of_packed_heads_are_read_right(name: str) -> None:
     found = BACKENDS[name].run(*packed.clone().unbind(2))  # some write into what they are given
     alone = BACKENDS[name].run(q.contiguous(), k.contiguous(), v.contiguous())
     assert sqnr_db(found.float(), alone.float()) > 60
+
+
+def test_flash_attention_3_is_told_the_scales_of_codes_and_none_of_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a stand-in that multiplies them in, as the wheel does."""
+
+    def flash_attn_func(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+        given = zip((q, k, v), (q_descale, k_descale, v_descale), strict=True)
+        q, k, v = (
+            x.float() if scale is None else dequantize(x, scale[:, None, :, None])
+            for x, scale in given
+        )
+        return attention(q, k, v).unflatten(-1, (3, 128))
+
+    stub = SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", stub)
+    q, k, v = example("cpu", torch.float32, 64)
+    expected = attention(q, k, v)
+    assert torch.equal(BACKENDS["fa3"].run(q, k, v), expected)
+    assert 20 < sqnr_db(BACKENDS["fa3-fp8"].run(3 * q, k / 3, 9 * v) / 9, expected) < 60
 
 
 @pytest.mark.gpu

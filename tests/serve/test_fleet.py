@@ -10,10 +10,11 @@ import torch
 from fake_engine import FakeEngine
 from fake_record import make_record
 from live_server import live
+from zimage_fp8 import provenance
 from zimage_fp8.engine import EngineOptions
 from zimage_fp8.errors import UsageError, ZImageError
 from zimage_fp8.quantize import quantize
-from zimage_fp8.serve import ServeOptions, budget, build_app
+from zimage_fp8.serve import ServeOptions, build_app
 from zimage_fp8.serve.budget import Available, available, check_fits
 from zimage_fp8.serve.fleet import (
     Variant,
@@ -127,7 +128,7 @@ def test_what_does_not_fit_is_refused_with_numbers(
 def test_room_is_read_from_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16 kB\nMemAvailable:        9 kB\n")
-    monkeypatch.setattr(budget, "MEMINFO", meminfo)
+    monkeypatch.setattr(provenance, "MEMINFO", meminfo)
     assert available(CPU) == Available(9 * 1024, "main memory")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
     assert available(torch.device("cuda"), 0.5) == Available(500, "the GPU (cuda)")

@@ -1,10 +1,11 @@
 """Weights on their way from the disk while Python still imports what will load them."""
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from zimage_fp8.provenance import available_memory
 
 CHUNK_BYTES = 4 << 20  # stays in a processor's cache, so that it costs no memory bandwidth
 MOST_OF_MEMORY = 2 / 3  # more might push out what was read first
@@ -21,14 +22,16 @@ def read_ahead(models: Iterable[str]) -> list[threading.Thread]:
     """
     try:
         folders = dict.fromkeys(part for model in models for part in _weight_folders(model))
-        files = {folder: sorted(folder.glob("*.safetensors")) for folder in folders}
-        total = sum(file.stat().st_size for some in files.values() for file in some)
+        weights = [sorted(folder.glob("*.safetensors")) for folder in folders]
+        total = sum(file.stat().st_size for files in weights for file in files)
     except (OSError, RuntimeError, ValueError):  # no such user, broken links, impossible names
         return []  # whoever loads the model says what is wrong with it
-    if total > MOST_OF_MEMORY * available_bytes():
+    if total > MOST_OF_MEMORY * (available_memory() or 0):
         return []
     # Daemons: a command that ends early does not wait for them.
-    threads = [threading.Thread(target=_read, args=(some,), daemon=True) for some in files.values()]
+    threads = [
+        threading.Thread(target=_read, args=(files,), daemon=True) for files in weights if files
+    ]
     for thread in threads:
         thread.start()
     return threads
@@ -49,13 +52,3 @@ def _read(files: Sequence[Path]) -> None:
             with file.open("rb", buffering=0) as stream:
                 while stream.readinto(buffer):
                     pass
-
-
-def available_bytes() -> int:
-    """Memory that the system can spare without swapping, its page cache included; 0: unknown."""
-    if sys.platform == "linux":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024  # "12345 kB"
-    return 0

@@ -96,19 +96,13 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v)
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Of values, or of E4M3 codes under their scale."""
     from fa3_fwd_interface import flash_attn_func
 
-    mixed: Tensor = flash_attn_func(q, k, v)
-    return mixed.flatten(2)
-
-
-def _fa3_codes(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
-    from fa3_fwd_interface import flash_attn_func
-
-    mixed: Tensor = flash_attn_func(
-        q, k, v, q_descale=scale[0], k_descale=scale[1], v_descale=scale[2]
-    )
+    names = ("q_descale", "k_descale", "v_descale")
+    scales = {} if scale is None else dict(zip(names, scale, strict=True))
+    mixed: Tensor = flash_attn_func(q, k, v, **scales)
     return mixed.flatten(2)
 
 
@@ -117,7 +111,7 @@ def _fa3_rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     packed = torch.stack([q, k, v])
     scale = scale_of(packed.abs().amax((2, 4)), "e4m3")
     q8, k8, v8 = quantize(packed, scale[:, :, None, :, None], "e4m3")
-    return _fa3_codes(q8, k8, v8, scale)
+    return _fa3(q8, k8, v8, scale)
 
 
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,6 +157,14 @@ def _needs(
     return None
 
 
+_no_fa3 = partial(
+    _needs,
+    capability=(9, 0),
+    below=(10, 0),
+    package="fa3_fwd_interface",
+    head_dims=(64, 128),
+)
+
 _TABLE = (
     Backend("sdpa", "PyTorch chooses", attention, _anywhere),
     Backend(
@@ -172,26 +174,14 @@ _TABLE = (
         "fa3",
         "FlashAttention-3, the wheel fa3-fwd",
         _fa3,
-        partial(
-            _needs,
-            capability=(9, 0),
-            below=(10, 0),
-            package="fa3_fwd_interface",
-            head_dims=(64, 128),
-        ),
+        _no_fa3,
     ),
     Backend(
         "fa3-fp8",
         "FlashAttention-3 in E4M3: lossy",
         _fa3_rounded,
-        partial(
-            _needs,
-            capability=(9, 0),
-            below=(10, 0),
-            package="fa3_fwd_interface",
-            head_dims=(64, 128),
-        ),
-        _fa3_codes,
+        _no_fa3,
+        run_codes=_fa3,
     ),
     Backend(
         "cudnn",

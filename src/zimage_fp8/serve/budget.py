@@ -11,9 +11,9 @@ from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import ZImageError
 from zimage_fp8.layout import linear_shapes, read_config, tensor_shapes
 from zimage_fp8.model.loading import is_quantized
+from zimage_fp8.provenance import available_memory
 from zimage_fp8.quant.policy import Policy, resolve
 
-MEMINFO = Path("/proc/meminfo")
 GIB = 2**30
 
 
@@ -58,10 +58,8 @@ def available(device: torch.device, share: float | None = None) -> Available | N
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Available(min(free, int(total * (share or 1))), f"the GPU ({device})")
-    if not MEMINFO.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return Available(int(lines["MemAvailable"].split()[0]) * 1024, "main memory")
+    num_bytes = available_memory()
+    return None if num_bytes is None else Available(num_bytes, "main memory")
 
 
 def check_fits(parts: Mapping[str, int], room: Available | None) -> None:
