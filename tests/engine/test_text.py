@@ -15,7 +15,9 @@ from torch import Tensor
 import fake_model
 from compare import relative_error, same_bits, sqnr_db
 from zimage_fp8.checkpoint.shards import ShardReader, TensorInfo, info_of, write_shard
+from zimage_fp8.engine import pinned
 from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.engine.pinned import host_buffers
 from zimage_fp8.engine.qwen3 import LayerLayout, read_qwen3_config
 from zimage_fp8.engine.text import FastTextEncoder
 from zimage_fp8.errors import CheckpointError, ModelError, UsageError
@@ -296,3 +298,27 @@ def test_fp32_on_cuda(precision: Any) -> None:
     exact = reference(NANO_FOLDER)
     found = captions(FastTextEncoder(NANO_FOLDER, FP32, CUDA, precision=precision))
     assert sqnr_db(found, exact) > (100 if precision == "bf16" else 30.5)
+
+
+def test_host_buffers_on_the_cpu_are_ordinary_memory() -> None:
+    buffers = host_buffers(3, 1000, CPU)
+    assert [(len(buffer), buffer.dtype) for buffer in buffers] == [(1000, torch.uint8)] * 3
+    assert len({buffer.data_ptr() for buffer in buffers}) == 3
+
+
+@pytest.mark.gpu
+def test_host_buffers_are_pinned_while_they_are_used() -> None:
+    (buffer,) = host_buffers(1, 3 << 20, CUDA)
+    assert buffer.is_pinned()
+    buffer.fill_(7)
+    assert (buffer.to(CUDA, non_blocking=True) == 7).all()
+    memory = buffer.numpy()  # keeps the bytes, not their pinning
+    del buffer
+    assert not torch.from_numpy(memory).is_pinned()
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_pinned_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "_plain", lambda size: torch.empty(size, device=CUDA))
+    with pytest.raises(ModelError, match="1000 bytes of host memory cannot be pinned"):
+        host_buffers(1, 1000, CUDA)

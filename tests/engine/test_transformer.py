@@ -76,6 +76,20 @@ def test_in_fp32_the_sequences_agree(tiny_model: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    ("policy", "least_db"), [("bf16_base", 100), ("online_fp8", 40), ("int8-rot", 40)]
+)
+def test_captions_are_refined_by_the_same_sequence(
+    tiny_model: Path, device: str, policy: str, least_db: float
+) -> None:
+    pipeline = load(tiny_model, policy, "float32", device)
+    given = caption(pipeline, 64)
+    with torch.inference_mode():
+        expected = pipeline.transformer.refine_caption(*given)
+        assert sqnr_db(fused(pipeline).refine_caption(*given), expected) > least_db
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("policy", ["online_fp8", "fp8-row", "int8-rot"])
 def test_quantized_on_the_way(tiny_model: Path, device: str, policy: str) -> None:
     """One code that falls to the other side is worth a share of 1e-2 in one value."""

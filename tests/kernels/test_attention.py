@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return pretend
 
 
-FA3, SAGE = "fa3_fwd_interface", "sageattention"
+FA3, SAGE = "fa3_fwd", "sageattention"
 
 
 @pytest.mark.parametrize(
@@ -208,16 +208,16 @@ def test_flash_attention_3_is_told_the_scales_of_codes_and_none_of_values(
 ) -> None:
     """By a stand-in that multiplies them in, as the wheel does."""
 
-    def flash_attn_func(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+    def fwd(q, k, v, *, q_descale=None, k_descale=None, v_descale=None, num_splits):
         given = zip((q, k, v), (q_descale, k_descale, v_descale), strict=True)
         q, k, v = (
             x.float() if scale is None else dequantize(x, scale[:, None, :, None])
             for x, scale in given
         )
-        return attention(q, k, v).unflatten(-1, (3, 128))
+        return attention(q, k, v).unflatten(-1, (3, 128)), "sums of exponentials"
 
-    stub = SimpleNamespace(flash_attn_func=flash_attn_func)
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", stub)
+    monkeypatch.setitem(sys.modules, "fa3_fwd._C", ModuleType("fa3_fwd._C"))
+    monkeypatch.setattr(torch.ops, "fa3_fwd", SimpleNamespace(fwd=fwd), raising=False)
     q, k, v = example("cpu", torch.float32, 64)
     expected = attention(q, k, v)
     assert torch.equal(BACKENDS["fa3"].run(q, k, v), expected)

@@ -20,6 +20,7 @@ from torch import Tensor
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.engine.gemm import choose
 from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.engine.pinned import host_buffers
 from zimage_fp8.engine.qwen3 import (
     Layer,
     LayerLayout,
@@ -176,18 +177,18 @@ class _Streamed:
         self, layout: LayerLayout, reader: ShardReader, names: list[str], device: torch.device
     ) -> None:
         self.device = device
-        is_cuda = device.type == "cuda"
-        size, kind = layout.num_bytes, torch.uint8
-        self.buffers = [torch.empty(size, dtype=kind, device=device) for _ in range(2)]
+        size = layout.num_bytes
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.views = [layout.views(buffer) for buffer in self.buffers]
-        self.host = []
-        for name in names:
+        self.host = host_buffers(len(names), size, device)
+        for name, host in zip(names, self.host, strict=True):
             layout.fill(self.buffers[0], reader, name)
-            self.host.append(torch.empty(size, dtype=kind, pin_memory=is_cuda))
-            self.host[-1].copy_(self.buffers[0])
+            host.copy_(self.buffers[0])
         self.device_bytes = 2 * size
         self.host_bytes = size * len(names)
-        self.stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[Layer]:
         if self.stream is None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from zimage_fp8.engine.gemm import Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.kernels.activation import Activation, encode
-from zimage_fp8.kernels.attention import Backend
+from zimage_fp8.kernels.attention import Backend, attention
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
 from zimage_fp8.layout import PATCH, PATCH_KEY
@@ -96,6 +96,13 @@ class FusedTransformer:
             FusedBlock.of(block, VECTORS * index, self.dtype)
             for index, block in enumerate(modulated)
         ]
+        # A caption's blocks are the same without a timestep: their vectors are the norms' weights.
+        unmodulated = [*transformer.context_refiner]
+        self.context = [
+            FusedBlock.of(block, VECTORS * index, self.dtype)
+            for index, block in enumerate(unmodulated)
+        ]
+        self._context_vectors = _norm_weights(unmodulated).flatten(0, 1)[None].contiguous()
         self.refiner = blocks[: len(transformer.noise_refiner)]
         self.layers = blocks[len(transformer.noise_refiner) :]
         self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
@@ -135,9 +142,8 @@ class FusedTransformer:
     def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
         key = ("caption", self._owner, tuple(caption.shape))
-        caption_rope(self.config, caption.shape[1], self.device)  # made outside the graph, too
-        refined = self.graphs.run(key, self.transformer.refine_caption, caption, is_pad)
-        return refined.clone()
+        rope = caption_rope(self.config, caption.shape[1], self.device)  # outside, as in `forward`
+        return self.graphs.run(key, partial(self._refine, rope), caption, is_pad).clone()
 
     def describe(self) -> dict[str, object]:
         """What runs: attention, and the matrix product of every kind of layer."""
@@ -177,6 +183,11 @@ class FusedTransformer:
         vectors = torch.stack([scales, gates], dim=2).flatten(1, 2) * self._norms
         final: Tensor = self._final.adaLN_modulation(time)
         return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
+
+    def _refine(self, rope: Tensor, caption: Tensor, is_pad: Tensor) -> Tensor:
+        x: Tensor = self.transformer.cap_embedder(caption)
+        x = torch.where(is_pad[..., None], self.transformer.cap_pad_token, x)
+        return self._blocks(self.context, x, rope, self._context_vectors, None)
 
     def _step(
         self,
@@ -252,8 +263,12 @@ class FusedTransformer:
     ) -> Tensor:
         qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
         heads = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5, scale)
-        run, run_codes = self.attention.run, self.attention.run_codes
-        mixed = run_codes(*heads, scale) if run_codes and scale is not None else run(*heads)
+        run_codes = self.attention.run_codes
+        if scale is None:  # a caption is not worth what codes cost
+            mixed = attention(*heads) if run_codes else self.attention.run(*heads)
+        else:
+            assert run_codes is not None
+            mixed = run_codes(*heads, scale)
         return block.to_out(encode(mixed.flatten(0, 1), block.to_out.reads))
 
 

@@ -97,12 +97,15 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Of values, or of E4M3 codes under their scale."""
-    from fa3_fwd_interface import flash_attn_func
+    """Of values, or of E4M3 codes under their scale.
 
+    By the wheel's operator: its Python around it, written for training, imports torch._dynamo at
+    the first call, which takes 5 s.
+    """
+    importlib.import_module("fa3_fwd._C")  # makes the operator known
     names = ("q_descale", "k_descale", "v_descale")
     scales = {} if scale is None else dict(zip(names, scale, strict=True))
-    mixed: Tensor = flash_attn_func(q, k, v, **scales)
+    mixed: Tensor = torch.ops.fa3_fwd.fwd(q, k, v, **scales, num_splits=1)[0]
     return mixed.flatten(2)
 
 
@@ -153,7 +156,7 @@ def _needs(
     if head_dims and target.head_dim not in head_dims:
         return f"it takes heads of {' or '.join(map(str, head_dims))}, not {target.head_dim}"
     if package and importlib.util.find_spec(package) is None:
-        return f"the package {package.removesuffix('_interface').replace('_', '-')} is missing"
+        return f"the package {package.replace('_', '-')} is missing"
     return None
 
 
@@ -161,7 +164,7 @@ _no_fa3 = partial(
     _needs,
     capability=(9, 0),
     below=(10, 0),
-    package="fa3_fwd_interface",
+    package="fa3_fwd",
     head_dims=(64, 128),
 )
 

@@ -5,7 +5,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,39 +118,32 @@ def _assemble(
     share: Pipeline | None,
     parts: Parts,
 ) -> Pipeline:
-    with ThreadPoolExecutor(1) as beside:  # its imports and its tokenizer take a core, not the disk
-        opening = beside.submit(_open_text, folder, DTYPES[dtype], device, share, parts)
-        with _timed("transformer"):
-            loaded = load_transformer(
-                folder / "transformer",
-                policy=policy,
-                calibration=calibration,
-                dtype=DTYPES[dtype],
-                device=device,
-            )
+    shift = read_shift(folder)
+    # One after the other, so that what the transformer's denoiser frees is the text encoder's: side
+    # by side they left holes, 0.26 GiB, for half a second less.
+    with _timed("transformer"):
+        loaded = load_transformer(
+            folder / "transformer",
+            policy=policy,
+            calibration=calibration,
+            dtype=DTYPES[dtype],
+            device=device,
+        )
+        denoiser = parts.denoiser(loaded.model)
     digest = calibration.digest if calibration else None
+    where = (folder, DTYPES[dtype], device)
     return Pipeline(
         display_name(model),
         loaded.model,
-        opening.result(),
-        share.decoder
-        if share
-        else _opened("VAE", lambda: parts.decoder(folder, DTYPES[dtype], device)),
-        denoiser=parts.denoiser(loaded.model),
+        share.text if share else _opened("text encoder", lambda: parts.text(*where)),
+        share.decoder if share else _opened("VAE", lambda: parts.decoder(*where)),
+        denoiser=denoiser,
         plan=loaded.plan,
-        shift=read_shift(folder),
+        shift=shift,
         calibration_digest=loaded.stored.facts.get("calibration_digest")
         if loaded.stored
         else digest,
     )
-
-
-def _open_text(
-    folder: Path, dtype: torch.dtype, device: torch.device, share: Pipeline | None, parts: Parts
-) -> PromptEncoder:
-    if share:
-        return share.text
-    return _opened("text encoder", lambda: parts.text(folder, dtype, device))
 
 
 def _opened(what: str, load: Callable[[], T]) -> T:
@@ -168,7 +160,7 @@ def _opened(what: str, load: Callable[[], T]) -> T:
 
 @contextmanager
 def _timed(what: str) -> Iterator[None]:
-    """Log how long a model took to load. The transformer and the text encoder load side by side."""
+    """Log how long a model took to load."""
     began = time.perf_counter()
     yield
     log.info("%s loaded in %.1f s", what, time.perf_counter() - began)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_fp8.errors import ModelError, UsageError
+from zimage_fp8.model.tokenizer import PromptTokenizer
 
 MAX_TOKENS = 512
 
@@ -23,10 +24,7 @@ class PromptEncoder(ABC):
     """Prompts in, captions out: Qwen's chat template and vocabulary, and a Qwen3 to be chosen."""
 
     def __init__(self, folder: Path) -> None:
-        # A second of processor time, which `model.loading` spends beside the transformer's reading.
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = PromptTokenizer(folder / "tokenizer")
         # A request asks for its prompt's tokens at every stage; the template costs 0.2 ms a time.
         self.tokens = lru_cache(maxsize=64)(self._tokens)
 
@@ -35,19 +33,13 @@ class PromptEncoder(ABC):
 
         Raises UsageError for prompts of more than 512 tokens: nothing is cut silently.
         """
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        ids = self.tokenizer.encode(prompt)
         if len(ids) > MAX_TOKENS:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, at most {MAX_TOKENS} are read; shorten it",
                 param="prompt",
             )
-        return tuple(ids)
+        return ids
 
     @abstractmethod
     def encode(self, prompt: str) -> Tensor:

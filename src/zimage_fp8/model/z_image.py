@@ -274,5 +274,6 @@ def pad_captions(captions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"captions of different 32-token buckets in one batch: {sorted(buckets)}")
     (padded,) = buckets
     batch = torch.stack([F.pad(caption, (0, 0, 0, padded - len(caption))) for caption in captions])
-    lengths = torch.tensor([len(caption) for caption in captions], device=batch.device)
-    return batch, torch.arange(padded, device=batch.device)[None] >= lengths[:, None]
+    is_pad = torch.arange(padded)[None] >= torch.tensor([[len(caption)] for caption in captions])
+    # The host does not wait: on a GPU the captions may still be being encoded.
+    return batch, is_pad.to(batch.device, non_blocking=True)
