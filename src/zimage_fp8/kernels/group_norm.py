@@ -172,11 +172,14 @@ def _normalize_triton(
     pixels_at_once = TILE // at_once
     written = out.shape[2] * width
     num_groups = by.moments.shape[-1]
-    neighbours = [(0, 0) if it is None else _strides(it) for it in (above, below)]
+    # How many pixels a neighbour has is a number, not a kind of kernel: a first picture would
+    # compile four of each for a picture's top, middle, bottom and all in one.
+    above_pixels, below_pixels = (0 if it is None else width for it in (above, below))
+    above, below = (x if it is None else it for it in (above, below))
     _normalize_kernel[(-(-written // pixels_at_once), -(-channels // at_once), batch)](
         x, above, below, out, by.moments, by.weight, by.bias, by.shift,
-        rows * width, width, written, channels,
-        *_strides(x), *neighbours[0], *neighbours[1], num_groups,
+        rows * width, above_pixels, below_pixels, width, written, channels,
+        *_strides(x), *_strides(above), *_strides(below), num_groups,
         channels // num_groups, by.silu, edge_rows, at_once, pixels_at_once, num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -253,7 +256,8 @@ def _merge_moments_kernel(partial, moments, total, num_rows, eps, BLOCK: tl.cons
 
 @triton.jit
 def _normalize_kernel(
-    x, above, below, out, moments, weight, bias, shift, pixels, width, written, channels,
+    x, above, below, out, moments, weight, bias, shift,
+    pixels, above_pixels, below_pixels, width, written, channels,
     batch_stride, pixel_stride, above_batch_stride, above_pixel_stride,
     below_batch_stride, below_pixel_stride, num_groups,
     PER_GROUP: tl.constexpr, SILU: tl.constexpr, EDGE_ROWS: tl.constexpr,
@@ -272,18 +276,15 @@ def _normalize_kernel(
     is_pixel = (pixel >= 0) & (pixel < pixels)
     start = x + batch * batch_stride + pixel.to(tl.int64) * pixel_stride + channel[None, :]
     values = tl.load(start, is_pixel & inside[None, :], other=0.0).to(tl.float32)
-    if above is not None:
-        is_above = pixel < 0
-        is_pixel = is_pixel | is_above
-        start = above + batch * above_batch_stride + position * above_pixel_stride
-        mask = is_above & inside[None, :]
-        values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
-    if below is not None:
-        is_below = (pixel >= pixels) & (position < written)
-        is_pixel = is_pixel | is_below
-        start = below + batch * below_batch_stride + (pixel - pixels) * below_pixel_stride
-        mask = is_below & inside[None, :]
-        values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
+    is_above = (pixel < 0) & (pixel >= -above_pixels)
+    start = above + batch * above_batch_stride + position * above_pixel_stride
+    mask = is_above & inside[None, :]
+    values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
+    is_below = (pixel >= pixels) & (pixel < pixels + below_pixels)
+    start = below + batch * below_batch_stride + (pixel - pixels) * below_pixel_stride
+    mask = is_below & inside[None, :]
+    values += tl.load(start + channel[None, :], mask, other=0.0).to(tl.float32)
+    is_pixel = is_pixel | is_above | is_below
     if shift is not None:
         values += tl.load(shift + channel, inside, other=0.0).to(tl.float32)[None, :]
     y = (values - mean[None, :]) * factor[None, :] + offset[None, :]
