@@ -194,7 +194,8 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return batch, pixel if width > 1 else row
 
 
-@triton.jit
+# Triton would compile for multiples of 16, for 1 and for all other counts of blocks.
+@triton.jit(do_not_specialize=["first", "total"])
 def _partial_moments_kernel(
     x, shift, partial, first, total, pixels, batch_stride, pixel_stride, num_groups,
     PER_GROUP: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
@@ -226,7 +227,7 @@ def _partial_moments_kernel(
     tl.store(target + 2 * step, squares, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _merge_moments_kernel(partial, moments, total, num_rows, eps, BLOCK: tl.constexpr):
     """One group of one picture: all its partial moments into mean and 1/std."""
     row = tl.program_id(0)
@@ -259,8 +260,8 @@ def _normalize_kernel(
     x, above, below, out, moments, weight, bias, shift,
     pixels, above_pixels, below_pixels, width, written, channels,
     batch_stride, pixel_stride, above_batch_stride, above_pixel_stride,
-    below_batch_stride, below_pixel_stride, num_groups,
-    PER_GROUP: tl.constexpr, SILU: tl.constexpr, EDGE_ROWS: tl.constexpr,
+    below_batch_stride, below_pixel_stride, num_groups, per_group,
+    SILU: tl.constexpr, EDGE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
@@ -268,7 +269,7 @@ def _normalize_kernel(
     position = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS))[:, None]  # in out
     pixel = position - EDGE_ROWS * width  # in x
     inside = channel < channels
-    row = moments + batch * num_groups + channel // PER_GROUP
+    row = moments + batch * num_groups + channel // per_group
     mean = tl.load(row, inside, other=0.0)
     inv_std = tl.load(row + tl.num_programs(2) * num_groups, inside, other=0.0)
     factor = inv_std * tl.load(weight + channel, inside, other=0.0).to(tl.float32)

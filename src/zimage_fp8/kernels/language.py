@@ -19,8 +19,8 @@ except ImportError:
         constexpr = object
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **options: object) -> Any:
+            return function or (lambda function: function)
 
     triton = tl = _NoTriton()
 
