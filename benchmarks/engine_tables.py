@@ -106,16 +106,12 @@ def profile_table(results: Path) -> str:
 
 
 def kernels_table(results: Path) -> str:
-    """The best product of every shape and format, and every fused kernel. What was measured once
-    more, with other candidates, stands in the place of its first measurement."""
-    found, again = (_read(results / name) for name in ("kernels.json", "kernels-again.json"))
+    """The best product of every shape and format, and every fused kernel."""
+    found = _read(results / "kernels.json")
     if found is None:
         return NOT_YET
-    anew = again["gemm"] if again else []
-    replaced = {(row["layer"], row["kind"]) for row in anew}
-    first = [row for row in found["gemm"] if (row["layer"], row["kind"]) not in replaced]
     best: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for row in [*first, *anew]:
+    for row in found["gemm"]:
         key = (row["layer"], row["kind"], row["rows"])
         if "us" in row and (key not in best or _times(row) < _times(best[key])):
             best[key] = row
@@ -138,10 +134,6 @@ def kernels_table(results: Path) -> str:
         "to back, at the clock that leaves, which decides. `w13, gate` is the product and what "
         "makes the input of `w2` of it."
     )
-    if again:
-        names = sorted({f"`{layer}` in {kind}" for layer, kind in replaced})
-        table += f" {' and '.join(names)} were measured once more, with cuBLAS always among those "
-        table += f"that run again ({_facts(again)})."
     if "fused" in found:  # they come last: a run that ended early has none
         table += f"\n\n{_fused_table(found['fused'])}"
     return _with_facts(found, table, "Single kernels on random data", random=False)

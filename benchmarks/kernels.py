@@ -395,10 +395,13 @@ def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
         key = tuple(row[part] for part in ("kind", "columns", "depth", "rows"))
         if "us" in row and (key not in best or _speed(row) < _speed(best[key])):
             best[key] = row
-    capability = list(torch.cuda.get_device_capability()) if DEVICE.type == "cuda" else None
+    is_cuda = DEVICE.type == "cuda"
+    gpu = torch.cuda.get_device_name() if is_cuda else None
+    capability = list(torch.cuda.get_device_capability()) if is_cuda else None
     parts = ("kind", "rows", "columns", "depth", "implementation", "tile")
     return [
         {
+            "gpu": gpu,
             "capability": capability,
             **{part: row[part] for part in parts},
             "us": row.get("sustained_us", row["us"]),
@@ -414,7 +417,7 @@ def _speed(row: dict[str, object]) -> tuple[float, float]:
 
 def merge_choices(path: Path, choices: list[dict[str, object]]) -> None:
     """Replace what was measured anew; other kinds, shapes and GPUs stay."""
-    parts = ("capability", "kind", "columns", "depth", "rows")
+    parts = ("gpu", "kind", "columns", "depth", "rows")
     table = {
         tuple(map(str, (row[part] for part in parts))): row
         for row in [*json.loads(path.read_text())["choices"], *choices]

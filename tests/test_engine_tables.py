@@ -127,19 +127,6 @@ def test_a_run_that_ended_before_the_fused_kernels_shows_its_products(tmp_path: 
     assert "| `w2` | e4m3-scalar | 2,112 | cublas |" in engine_tables.kernels_table(tmp_path)
 
 
-def test_what_was_measured_again_replaces_its_first_measurement(tmp_path: Path) -> None:
-    slow, fast = ({"us": us, "tflops": 1.0, "sustained_us": us} for us in (100.0, 50.0))
-    other = GEMM | slow | {"layer": "to_out"}
-    write(tmp_path, "kernels.json", gemm=[GEMM | fast, other], fused=[DEVICE_COPY])
-    assert "once more" not in engine_tables.kernels_table(tmp_path)
-    write(tmp_path, "kernels-again.json", gemm=[GEMM | slow | {"implementation": "triton"}])
-    text = engine_tables.kernels_table(tmp_path)
-    assert "| `w2` | e4m3-scalar | 2,112 | triton | 100 | 1 | 100 |" in text
-    assert "| `to_out` | e4m3-scalar | 2,112 | cublas | 100 | 1 | 100 |" in text
-    assert "cublas | 50 |" not in text
-    assert "`w2` in e4m3-scalar were measured once more" in text
-
-
 def test_targets_stand_beside_every_machine_that_was_measured(tmp_path: Path) -> None:
     loops = [
         LOOP | {"policy": policy, "size": size, "ms": 205.4}

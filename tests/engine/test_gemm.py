@@ -31,14 +31,16 @@ SCALAR, VECTOR = torch.ones([]), torch.ones(8)
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three measurements on a GPU of compute capability 9.0, in place of the shipped ones."""
+    """Measurements on three GPUs, of which this is the first, in place of the shipped ones."""
     rows = (
-        Choice((9, 0), "e4m3-scalar", 1000, 64, 32, "cublas", None, 10.0),
-        Choice((9, 0), "e4m3-scalar", 4000, 64, 32, "triton-tma", Tile(n=128), 40.0),
-        Choice((8, 9), "e4m3-scalar", 1000, 64, 32, "triton", Tile(n=64), 20.0),
+        Choice("H", (9, 0), "e4m3-scalar", 1000, 64, 32, "cublas", None, 10.0),
+        Choice("H", (9, 0), "e4m3-scalar", 4000, 64, 32, "triton-tma", Tile(n=128), 40.0),
+        Choice("H2", (9, 0), "e4m3-scalar", 1000, 64, 32, "cublas-row", None, 10.0),
+        Choice("A", (8, 9), "e4m3-scalar", 1000, 64, 32, "triton", Tile(n=64), 20.0),
     )
     monkeypatch.setattr(gemm, "measured", lambda: rows)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H")
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -83,11 +85,30 @@ def test_a_gpu_reads_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(CUDA, "e4m3-scalar", 1000, 64, 32) is None
 
 
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("name", "rows", "found"),
+    [
+        ("H2", 1000, "cublas-row"),  # its own, though another one's come first
+        ("H2", 4000, None),  # not the other's: what was measured there is no better a guess
+        ("H3", 4000, "triton-tma"),  # never measured: the first of its capability
+    ],
+)
+def test_a_gpu_reads_the_rows_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, rows: int, found: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    choice = choose(CUDA, "e4m3-scalar", rows, 64, 32)
+    assert (choice.implementation if choice else None) == found
+
+
 def test_the_cpu_runs_the_reference() -> None:
     assert choose(torch.device("cpu"), "e4m3-scalar", 2112, 11520, 3840) is None
 
 
-@pytest.mark.parametrize("choice", measured(), ids=lambda it: f"{it.kind}-{it.rows}-{it.columns}")
+@pytest.mark.parametrize(
+    "choice", measured(), ids=lambda it: f"{it.gpu.split()[1]}-{it.kind}-{it.rows}-{it.columns}"
+)
 def test_every_shipped_choice_can_run(choice: Choice) -> None:
     """What `kernels.matmul` would refuse or divide wrongly must not be in the file."""
     format = choice.kind.partition("-")[0]
@@ -124,7 +145,7 @@ def test_every_product_of_the_full_size_is_measured_once() -> None:
     config = ZImageConfig()
     dim, ffn = config.dim, config.ffn_dim
     shapes = {(3 * dim, dim), (dim, dim), (2 * ffn, dim), (dim, ffn)}
-    keys = [(it.capability, it.kind, it.rows, it.columns, it.depth) for it in measured()]
+    keys = [(it.gpu, it.kind, it.rows, it.columns, it.depth) for it in measured()]
     assert len(set(keys)) == len(keys)
     for kind in ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector"):
         assert shapes <= {(it.columns, it.depth) for it in measured() if it.kind == kind}
@@ -194,9 +215,9 @@ def test_without_a_measurement_the_gate_follows_its_product() -> None:
 def test_one_kernel_gates_where_that_was_faster(
     monkeypatch: pytest.MonkeyPatch, winners: dict[int, str], at_once: set[int], described: str
 ) -> None:
-    table = [Choice((9, 0), "e4m3-vector", 1000, 64, 32, "cublas-row", None, 10.0)]
+    table = [Choice("H", (9, 0), "e4m3-vector", 1000, 64, 32, "cublas-row", None, 10.0)]
     table += [
-        Choice((9, 0), "e4m3-vector" + GATED, rows, 64, 32, winner, Tile(), 10.0)
+        Choice("H", (9, 0), "e4m3-vector" + GATED, rows, 64, 32, winner, Tile(), 10.0)
         for rows, winner in winners.items()
     ]
     monkeypatch.setattr(gemm, "fitting", lambda _, kind, *__: [c for c in table if c.kind == kind])

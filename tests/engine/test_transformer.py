@@ -115,7 +115,9 @@ def test_nano_with_the_gate_inside_its_product(
     pipeline = load("nano", policy, "bfloat16", "cuda")
 
     def at_once(linear: Linear, rows: int) -> Choice:
-        return Choice((9, 0), linear.kind + GATED, rows, *linear.weight.shape, AT_ONCE, tile, 1.0)
+        return Choice(
+            "", (9, 0), linear.kind + GATED, rows, *linear.weight.shape, AT_ONCE, tile, 1.0
+        )
 
     monkeypatch.setattr(Linear, "gates_at_once", at_once)
     engine = fused(pipeline)

@@ -26,8 +26,9 @@ AT_ONCE, SEPARATE = "triton-gated", "separate"
 
 @dataclass(frozen=True)
 class Choice:
-    """One measured winner. rows is the M it was measured at."""
+    """One measured winner. gpu: PyTorch's name of it. rows is the M it was measured at."""
 
+    gpu: str
     capability: tuple[int, int]
     kind: str  # see `kind_of`
     rows: int
@@ -124,16 +125,19 @@ def choose(device: torch.device, kind: str, rows: int, columns: int, depth: int)
 
 
 def fitting(device: torch.device, kind: str, columns: int, depth: int) -> list[Choice]:
-    """What was measured for a kind and shape on this kind of GPU, at any number of rows."""
+    """What was measured for a kind and shape at any number of rows: on a GPU of this name, or else
+    on the first in the table of its compute capability."""
     if device.type != "cuda":
         return []
     capability = torch.cuda.get_device_capability(device)
-    return [
-        choice
-        for choice in measured()
-        if (choice.capability, choice.kind) == (capability, kind)
-        and (choice.columns, choice.depth) == (columns, depth)
-    ]
+    found: dict[str, list[Choice]] = {}
+    for choice in measured():
+        if (choice.capability, choice.kind) == (capability, kind) and (
+            (choice.columns, choice.depth) == (columns, depth)
+        ):
+            found.setdefault(choice.gpu, []).append(choice)
+    name = torch.cuda.get_device_name(device)
+    return found.get(name) or next(iter(found.values()), [])
 
 
 @lru_cache(maxsize=1)
@@ -141,6 +145,7 @@ def measured() -> tuple[Choice, ...]:
     file = resources.files("zimage_fp8.engine") / "gemm.json"
     return tuple(
         Choice(
+            gpu=raw["gpu"],
             capability=(raw["capability"][0], raw["capability"][1]),
             kind=raw["kind"],
             rows=raw["rows"],
