@@ -71,7 +71,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "text encoder is empty": (
         lambda f: first_shard(f, "text_encoder").write_bytes(b""), "text encoder cannot be loaded",
     ),
-    "tokenizer is broken": (text("tokenizer/tokenizer.json", "{"), "text encoder cannot be loaded"),
+    "tokenizer is broken": (text("tokenizer/tokenizer.json", "{"), "tokenizer.json cannot be read"),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compare import same_bits, sqnr_db
 from zimage_fp8.engine.gemm import AT_ONCE, GATED, Choice, Linear
@@ -87,6 +87,16 @@ def test_captions_are_refined_by_the_same_sequence(
     with torch.inference_mode():
         expected = pipeline.transformer.refine_caption(*given)
         assert sqnr_db(fused(pipeline).refine_caption(*given), expected) > least_db
+
+
+def test_a_model_without_refiners_is_run_as_it_is(tiny_model: Path) -> None:
+    pipeline = load(tiny_model, "bf16_base", "float32", "cpu")
+    pipeline.transformer.noise_refiner = pipeline.transformer.context_refiner = nn.ModuleList()
+    assert agreement_db(pipeline) > 100
+    given = caption(pipeline, 32)
+    with torch.inference_mode():
+        expected = pipeline.transformer.refine_caption(*given)
+        same_bits(fused(pipeline).refine_caption(*given), expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

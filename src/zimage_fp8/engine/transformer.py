@@ -96,17 +96,18 @@ class FusedTransformer:
             FusedBlock.of(block, VECTORS * index, self.dtype)
             for index, block in enumerate(modulated)
         ]
+        self.refiner = blocks[: len(transformer.noise_refiner)]
+        self.layers = blocks[len(transformer.noise_refiner) :]
+        self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
+        self._norms = _norm_weights(modulated)
         # A caption's blocks are the same without a timestep: their vectors are the norms' weights.
         unmodulated = [*transformer.context_refiner]
         self.context = [
             FusedBlock.of(block, VECTORS * index, self.dtype)
             for index, block in enumerate(unmodulated)
         ]
-        self._context_vectors = _norm_weights(unmodulated).flatten(0, 1)[None].contiguous()
-        self.refiner = blocks[: len(transformer.noise_refiner)]
-        self.layers = blocks[len(transformer.noise_refiner) :]
-        self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
-        self._norms = _norm_weights(modulated)
+        vectors = _norm_weights(unmodulated) if unmodulated else self._norms[:0]
+        self._context_vectors = vectors.flatten(0, 1)[None]
         self._reach: Tensor | None = None
         if attention.run_codes is not None:
             self._reach = torch.stack([_reach(block, self.config.head_dim) for block in blocks])
@@ -185,6 +186,7 @@ class FusedTransformer:
         return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
 
     def _refine(self, rope: Tensor, caption: Tensor, is_pad: Tensor) -> Tensor:
+        """`ZImageTransformer.refine_caption` by the fused blocks. rope: the caption's."""
         x: Tensor = self.transformer.cap_embedder(caption)
         x = torch.where(is_pad[..., None], self.transformer.cap_pad_token, x)
         return self._blocks(self.context, x, rope, self._context_vectors, None)

@@ -66,7 +66,7 @@ class PromptTokenizer:
 def _read_config(folder: Path) -> dict[str, object]:
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
@@ -104,7 +104,7 @@ def _read_tokenizer(folder: Path, config: dict[str, object]) -> Tokenizer:
 
 def _read_template(folder: Path, config: dict[str, object]) -> str:
     path = folder / "chat_template.jinja"
-    template = path.read_text() if path.is_file() else config.get("chat_template")
+    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if not isinstance(template, str):
         raise ModelError(
             f"{folder} has no chat template: expected chat_template.jinja, or a text as "
