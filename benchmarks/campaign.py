@@ -69,6 +69,8 @@ def steps(out: Path, work: Path, scale: str) -> list[Step]:
         variants[1:1] = [
             f"full-te8={static},--text-encoder,fp8",
             f"full-offload={static},--offload,text-encoder",
+            f"full-again={static}",  # a start with every kernel compiled
+            f"full-fa3-fp8={static},--attention-backend,fa3-fp8",
         ]
     ladder, loops, profile = (
         out / f"{name}.json" for name in ("engine-ladder", "engine", "engine-profile")

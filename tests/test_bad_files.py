@@ -51,7 +51,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "axes do not add up": (config(axes_dims=[8, 8, 8]), "must add up"),
     "two axes": (config(axes_lens=[8, 8]), "three entries"),
     "config is a list": (text("transformer/config.json", "[1]"), "expected an object"),
-    "model index is a list": (text("model_index.json", "[1]"), "is a JSON list"),
+    "model index is a list": (text("model_index.json", "[1]"), "holds a list, expected an object"),
     "shard index names a path": (
         text("transformer/x.safetensors.index.json", '{"weight_map": {"a": "../b"}}'),
         "index files",
@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             "scheduler/scheduler_config.json",
             '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "x"}',
         ),
-        "a number as its shift",
+        "shift is 'x', expected a number",
     ),
     "VAE config is broken": (text("vae/config.json", "{"), "vae/config.json cannot be read"),
     "VAE weights are empty": (

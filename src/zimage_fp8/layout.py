@@ -7,6 +7,7 @@ members and order are stated here once (`FUSED`), for the policy, the writer and
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -68,6 +69,19 @@ class ZImageConfig:
         return PATCH * PATCH * self.in_channels
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A model's JSON file that holds an object. Raises ModelError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{path} is missing", hint="copy the whole folder") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}", hint="copy it again") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds a {type(raw).__name__}, expected an object")
+    return raw
+
+
 def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
     """The config of the transformer in `folder`, and config.json as it stands.
 
@@ -75,14 +89,7 @@ def read_config(folder: Path) -> tuple[ZImageConfig, dict[str, object]]:
     not run.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{path} is missing: {folder} is not a transformer folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} holds a {type(raw).__name__}, expected an object")
+    raw = read_object(path)
     if (found := raw.get("_class_name")) != "ZImageTransformer2DModel":
         raise ModelError(
             f"{path} describes {found or 'no class'}, expected ZImageTransformer2DModel",

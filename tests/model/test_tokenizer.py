@@ -132,7 +132,7 @@ def with_settings(**settings: object) -> Callable[[Path], None]:
     ("damage", "says"),
     [
         (without("tokenizer.json"), "tokenizer.json is missing"),
-        (without("tokenizer_config.json"), "tokenizer_config.json cannot be read"),
+        (without("tokenizer_config.json"), "tokenizer_config.json is missing"),
         (without("chat_template.jinja"), "has no chat template"),
         (rewritten("tokenizer.json", '{"version": "1.0"}'), "tokenizer.json cannot be read"),
         (rewritten("tokenizer_config.json", "[]"), "holds a list, expected an object"),

@@ -1,6 +1,5 @@
 """What a checkpoint of ours says of its making, parsed from its transformer/config.json."""
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -9,6 +8,7 @@ from zimage_fp8.bench.record import first_problem
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY, OWN_KEY
 from zimage_fp8.checkpoint.own_format import METHOD as OWN_METHOD
 from zimage_fp8.errors import ZImageError
+from zimage_fp8.layout import read_object
 from zimage_fp8.numerics import QuantSpec
 
 
@@ -62,15 +62,9 @@ def read_facts(checkpoint: Path) -> CheckpointFacts | None:
     Raises ZImageError when config.json or the facts in it are damaged.
     """
     path = checkpoint / "transformer" / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ZImageError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ZImageError(f"{path} holds a {type(config).__name__}, expected an object")
-    quantization = config.get(CONFIG_KEY)
+    quantization = read_object(path).get(CONFIG_KEY)
     if not isinstance(quantization, dict) or OWN_KEY not in quantization:
         return None
     own = quantization[OWN_KEY]

@@ -129,12 +129,10 @@ def fitting(device: torch.device, kind: str, columns: int, depth: int) -> list[C
     on the first in the table of its compute capability."""
     if device.type != "cuda":
         return []
-    capability = torch.cuda.get_device_capability(device)
+    wanted = (torch.cuda.get_device_capability(device), kind, columns, depth)
     found: dict[str, list[Choice]] = {}
     for choice in measured():
-        if (choice.capability, choice.kind) == (capability, kind) and (
-            (choice.columns, choice.depth) == (columns, depth)
-        ):
+        if (choice.capability, choice.kind, choice.columns, choice.depth) == wanted:
             found.setdefault(choice.gpu, []).append(choice)
     name = torch.cuda.get_device_name(device)
     return found.get(name) or next(iter(found.values()), [])

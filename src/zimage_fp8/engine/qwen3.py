@@ -4,7 +4,6 @@ A layer lives in one flat buffer, every tensor at an aligned offset, so that a l
 host and GPU as one copy. Projections that share an input are packed: q|k|v and gate|up.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import CheckpointError, ModelError
-from zimage_fp8.layout import Shape
+from zimage_fp8.layout import Shape, read_object
 from zimage_fp8.numerics import DTYPE, E4M3_ROW
 from zimage_fp8.quant.linear import quantize_weight, weight_amax, weight_scales
 
@@ -57,12 +56,7 @@ def read_qwen3_config(folder: Path) -> Qwen3Config:
     Raises ModelError, naming the key, for what this engine does not compute.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} holds a {type(raw).__name__}, expected an object")
+    raw = read_object(path)
     rope = raw.get("rope_parameters")  # where transformers 5 keeps what rope_theta and scaling were
     if isinstance(rope, dict):
         if rope.get("rope_type", "default") != "default":

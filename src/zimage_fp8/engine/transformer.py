@@ -16,6 +16,7 @@ On the CPU the kernels are their references: the sequence itself is tested witho
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from zimage_fp8.engine.gemm import Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.kernels.activation import Activation, encode
-from zimage_fp8.kernels.attention import Backend, attention
+from zimage_fp8.kernels.attention import Backend
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
 from zimage_fp8.layout import PATCH, PATCH_KEY
@@ -49,7 +50,7 @@ KEPT_TIMESTEPS = 16  # 2 MB each at full size; two schedules of eight steps
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """A block's linears, and where its four vectors lie in a timestep's table."""
+    """A block's linears, and where its four vectors lie in a table of them."""
 
     to_qkv: Linear
     to_out: Linear
@@ -61,8 +62,12 @@ class FusedBlock:
 
     @property
     def index(self) -> int:
-        """Among the modulated blocks, refiner first."""
+        """In its stack; of the modulated blocks the refiner's come first."""
         return self.first_vector // VECTORS
+
+    @classmethod
+    def stack(cls, blocks: Sequence[Block], dtype: torch.dtype) -> "list[FusedBlock]":
+        return [cls.of(block, VECTORS * index, dtype) for index, block in enumerate(blocks)]
 
     @classmethod
     def of(cls, block: Block, first_vector: int, dtype: torch.dtype) -> "FusedBlock":
@@ -92,20 +97,14 @@ class FusedTransformer:
         self.dtype = transformer.x_pad_token.dtype
         self.device = transformer.x_pad_token.device
         modulated = [*transformer.noise_refiner, *transformer.layers]
-        blocks = [
-            FusedBlock.of(block, VECTORS * index, self.dtype)
-            for index, block in enumerate(modulated)
-        ]
+        blocks = FusedBlock.stack(modulated, self.dtype)
         self.refiner = blocks[: len(transformer.noise_refiner)]
         self.layers = blocks[len(transformer.noise_refiner) :]
         self._adaln = _pack([block.adaLN_modulation[0] for block in modulated])
         self._norms = _norm_weights(modulated)
         # A caption's blocks are the same without a timestep: their vectors are the norms' weights.
         unmodulated = [*transformer.context_refiner]
-        self.context = [
-            FusedBlock.of(block, VECTORS * index, self.dtype)
-            for index, block in enumerate(unmodulated)
-        ]
+        self.context = FusedBlock.stack(unmodulated, self.dtype)
         vectors = _norm_weights(unmodulated) if unmodulated else self._norms[:0]
         self._context_vectors = vectors.flatten(0, 1)[None]
         self._reach: Tensor | None = None
@@ -265,12 +264,8 @@ class FusedTransformer:
     ) -> Tensor:
         qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
         heads = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5, scale)
-        run_codes = self.attention.run_codes
-        if scale is None:  # a caption is not worth what codes cost
-            mixed = attention(*heads) if run_codes else self.attention.run(*heads)
-        else:
-            assert run_codes is not None
-            mixed = run_codes(*heads, scale)
+        run, run_codes = self.attention.run, self.attention.run_codes
+        mixed = run_codes(*heads, scale) if run_codes and scale is not None else run(*heads)
         return block.to_out(encode(mixed.flatten(0, 1), block.to_out.reads))
 
 

@@ -5,7 +5,6 @@ of its models and PyTorch's compiler: 3.6 s of processor time, half of what serv
 (decisions/015). One half is built and read at a time, since a picture needs one.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import CheckpointError, ModelError
+from zimage_fp8.layout import read_object
 
 EPS = 1e-6
 FLOATS = ("BF16", "F16", "F32")
@@ -55,11 +55,7 @@ def read_autoencoder_config(folder: Path) -> AutoencoderConfig:
     """The config of a vae/ folder. Raises ModelError, naming the key, for any other kind."""
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}", hint="copy it again") from None
-    try:
-        return AutoencoderConfig.model_validate(raw)
+        return AutoencoderConfig.model_validate(read_object(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -1,6 +1,5 @@
 """From a model's name to a pipeline that runs under a policy, calibrating when it must."""
 
-import json
 import logging
 import re
 import time
@@ -15,7 +14,7 @@ import torch
 from zimage_fp8.checkpoint.dialects import CONFIG_KEY
 from zimage_fp8.checkpoint.shards import ShardReader
 from zimage_fp8.errors import ModelError, UsageError, ZImageError
-from zimage_fp8.layout import linear_shapes, read_config
+from zimage_fp8.layout import linear_shapes, read_config, read_object
 from zimage_fp8.model.calibration import CalibrationSettings, OnForward, run_calibration
 from zimage_fp8.model.denoiser import Denoiser, PlainDenoiser
 from zimage_fp8.model.pipeline import Pipeline
@@ -169,12 +168,9 @@ def _timed(what: str) -> Iterator[None]:
 def read_shift(folder: Path) -> float:
     """The shift of the FlowMatch Euler schedule. Raises ModelError for other schedulers."""
     path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("shift", 1.0), (int, float)):
-        raise ModelError(f"{path} is not a scheduler's configuration with a number as its shift")
+    raw = read_object(path)
+    if not isinstance(raw.get("shift", 1.0), (int, float)):
+        raise ModelError(f"{path}: shift is {raw['shift']!r}, expected a number")
     if raw.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
         raise ModelError(f"{path}: {raw.get('_class_name')} is not supported, FlowMatch Euler is")
     if raw.get("use_dynamic_shifting"):

@@ -1,12 +1,11 @@
 """Where a model comes from: the embedded `nano`, a local folder, or a repository on the Hub."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_fp8.errors import ModelError
-from zimage_fp8.layout import COMPONENTS
+from zimage_fp8.layout import COMPONENTS, read_object
 
 EMBEDDED = "nano"
 NANO_FOLDER = Path(__file__).resolve().parent.parent / "nano"
@@ -81,12 +80,7 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} has no model_index.json: it is not a diffusers pipeline folder",
             hint="give the folder that holds transformer/, vae/, text_encoder/ and tokenizer/",
         )
-    try:
-        raw = json.loads(index.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{index} cannot be read as JSON: {error}") from None
-    found = raw.get("_class_name") if isinstance(raw, dict) else f"JSON {type(raw).__name__}"
-    if found != "ZImagePipeline":
+    if (found := read_object(index).get("_class_name")) != "ZImagePipeline":
         raise ModelError(f"{folder} is a {found}, expected a ZImagePipeline")
     if missing := [name for name in COMPONENTS if not (folder / name).is_dir()]:
         raise ModelError(f"{folder} lacks {', '.join(missing)}", hint="copy the whole pipeline")

@@ -5,7 +5,6 @@ of nine seconds on a GPU machine whose weights were in memory after two. It also
 that read weights waiting for Python's lock.
 """
 
-import json
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -13,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from zimage_fp8.errors import ModelError
+from zimage_fp8.layout import read_object
 
 TOKENS = (
     "bos_token",
@@ -65,12 +65,7 @@ class PromptTokenizer:
 
 def _read_config(folder: Path) -> dict[str, object]:
     path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, expected an object")
+    config = read_object(path)
     for name in CHANGES:
         if config.get(name):
             raise ModelError(f"{path}: {name} is {config[name]!r}, only false is supported")
