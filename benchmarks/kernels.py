@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fake_model import SCALES
 from gpu import DEVICE, Envelope, elapsed_ms, envelope
-from zimage_fp8.engine.gemm import AT_ONCE, GATED, SEPARATE, Linear
+from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, SEPARATE, Linear
 from zimage_fp8.kernels.activation import (
     PLAIN,
     Activation,
@@ -33,7 +33,11 @@ from zimage_fp8.kernels.activation import (
     encode_reference,
     encode_triton,
 )
-from zimage_fp8.kernels.gated_matmul import gated_matmul_reference, gated_matmul_triton
+from zimage_fp8.kernels.gated_matmul import (
+    GATED_IMPLEMENTATIONS,
+    gated_matmul,
+    gated_matmul_reference,
+)
 from zimage_fp8.kernels.group_norm import (
     Normalization,
     group_moments_reference,
@@ -41,7 +45,7 @@ from zimage_fp8.kernels.group_norm import (
     normalize_window_reference,
     normalize_window_triton,
 )
-from zimage_fp8.kernels.matmul import Tile, has_tma, matmul, refusal
+from zimage_fp8.kernels.matmul import has_tma, matmul, refusal
 from zimage_fp8.kernels.norm import (
     norm_reference,
     norm_triton,
@@ -55,6 +59,8 @@ from zimage_fp8.kernels.pixel_attention import (
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
 from zimage_fp8.kernels.rope import rope_table
 from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import WGMMA_TILE, wgmma_refusal
 from zimage_fp8.numerics import (
     E4M3_ROW,
     E4M3_STATIC,
@@ -106,6 +112,12 @@ GATED_TILES = (
     # 33 x 80 tiles are ten for each of 264 programs, without a rest.
     Tile(m=64, n=128, warps=4, stages=2, per_sm=2, group=33),
 )
+# Five and two tiles for each of 132 multiprocessors at 2,112 rows, ten and four at 4,160.
+WGMMA_TILES = (
+    WGMMA_TILE,
+    replace(WGMMA_TILE, n=160, stages=5),
+    replace(WGMMA_TILE, group=22),
+)
 FINALISTS = 3
 
 
@@ -116,8 +128,9 @@ class Candidate:
 
 
 def candidates(kind: str) -> list[Candidate]:
+    wgmma = [Candidate("wgmma", tile) for tile in WGMMA_TILES]
     if kind == "bf16":
-        return [Candidate("cublas")]
+        return [Candidate("cublas"), *wgmma]
     triton = [
         *(Candidate("triton-tma", tile) for tile in TILES),
         *(Candidate("triton", tile) for tile in POINTER_TILES),
@@ -127,7 +140,7 @@ def candidates(kind: str) -> list[Candidate]:
         "e4m3-vector": [Candidate("cublas-row")],
         "int8-vector": [],
     }
-    return [*cublas[kind], *triton]
+    return [*cublas[kind], *triton, *wgmma]
 
 
 Operands = tuple[Activation, Tensor, Tensor | None]
@@ -267,16 +280,16 @@ def gated_shape(kind: str, rows: int, columns: int, depth: int) -> list[dict[str
     def apart(index: int) -> Activation:
         return gated_triton(linears[index](sets[index][0]), out)
 
-    def runner(tile: Tile) -> Callable[[int], Activation]:
+    def runner(candidate: Candidate) -> Callable[[int], Activation]:
         def run(index: int) -> Activation:
-            x, weight, scale = sets[index]
-            return gated_matmul_triton(x, weight, scale, out, torch.bfloat16, tile)
+            return gated_matmul(
+                *sets[index], out, torch.bfloat16, candidate.implementation, candidate.tile
+            )
 
         return run
 
     runs: dict[Candidate, Callable[[int], object]] = {Candidate(SEPARATE): apart}
-    if has_tma(DEVICE):
-        runs |= {Candidate(AT_ONCE, tile): runner(tile) for tile in gated_tiles(kind)}
+    runs |= {candidate: runner(candidate) for candidate in gated_candidates(kind)}
     # Codes of values that differ by a rounding are neighbours here and there.
     return race(GATED_LAYER, kind + GATED, (rows, columns, depth), runs, exact, 3e-2)
 
@@ -296,9 +309,12 @@ def _is_vector(scale: Tensor | None) -> bool:
     return scale is not None and scale.ndim > 0
 
 
-def gated_tiles(kind: str) -> list[Tile]:
+def gated_candidates(kind: str) -> list[Candidate]:
     """With the same bytes per step for two bytes a value as for one."""
-    return [replace(tile, k=64) if kind == "bf16" else tile for tile in GATED_TILES]
+    tiles = (replace(tile, k=64) if kind == "bf16" else tile for tile in GATED_TILES)
+    triton = [Candidate("triton-gated", tile) for tile in tiles] if has_tma(DEVICE) else []
+    wgmma = [Candidate("wgmma-gated", tile) for tile in WGMMA_TILES if not tile.n % 64]
+    return [*triton, *([] if wgmma_refusal(DEVICE) else wgmma)]
 
 
 # What both w13 and w2 are quantized to.
@@ -392,22 +408,45 @@ def best_choices(results: list[dict[str, object]]) -> list[dict[str, object]]:
     timed so."""
     best: dict[tuple[object, ...], dict[str, object]] = {}
     for row in results:
-        key = tuple(row[part] for part in ("kind", "columns", "depth", "rows"))
+        key = _shape_key(row)
         if "us" in row and (key not in best or _speed(row) < _speed(best[key])):
             best[key] = row
+    return [_choice(row) for row in best.values()]
+
+
+def with_other_heights(
+    results: list[dict[str, object]], winners: list[dict[str, object]]
+) -> list[dict[str, object]]:
+    """Behind every winner the best whose tiles have another height, which may fit other rows."""
+    choices = []
+    for winner in winners:
+        height = _height(winner)
+        others = [
+            row
+            for row in results
+            if _shape_key(row) == _shape_key(winner) and "us" in row and _height(row) != height
+        ]
+        choices += [winner, *best_choices(others)]
+    return choices
+
+
+def _shape_key(row: dict[str, object]) -> tuple[object, ...]:
+    return tuple(row[part] for part in ("kind", "columns", "depth", "rows"))
+
+
+def _height(row: dict[str, object]) -> int:
+    return row["tile"]["m"] if row["tile"] else CUBLAS_TILE.m  # type: ignore[index]
+
+
+def _choice(row: dict[str, object]) -> dict[str, object]:
     is_cuda = DEVICE.type == "cuda"
-    gpu = torch.cuda.get_device_name() if is_cuda else None
-    capability = list(torch.cuda.get_device_capability()) if is_cuda else None
     parts = ("kind", "rows", "columns", "depth", "implementation", "tile")
-    return [
-        {
-            "gpu": gpu,
-            "capability": capability,
-            **{part: row[part] for part in parts},
-            "us": row.get("sustained_us", row["us"]),
-        }
-        for row in best.values()
-    ]
+    return {
+        "gpu": torch.cuda.get_device_name() if is_cuda else None,
+        "capability": list(torch.cuda.get_device_capability()) if is_cuda else None,
+        **{part: row[part] for part in parts},
+        "us": row.get("sustained_us", row["us"]),
+    }
 
 
 def _speed(row: dict[str, object]) -> tuple[float, float]:
@@ -418,11 +457,13 @@ def _speed(row: dict[str, object]) -> tuple[float, float]:
 def merge_choices(path: Path, choices: list[dict[str, object]]) -> None:
     """Replace what was measured anew; other kinds, shapes and GPUs stay."""
     parts = ("gpu", "kind", "columns", "depth", "rows")
-    table = {
-        tuple(map(str, (row[part] for part in parts))): row
-        for row in [*json.loads(path.read_text())["choices"], *choices]
-    }
-    rows = [table[key] for key in sorted(table)]
+
+    def key(row: dict[str, object]) -> tuple[str, ...]:
+        return tuple(str(row[part]) for part in parts)
+
+    anew = {key(row) for row in choices}
+    kept = [row for row in json.loads(path.read_text())["choices"] if key(row) not in anew]
+    rows = sorted([*kept, *choices], key=key)  # stable: a winner stays in front
     path.write_text(json.dumps({"choices": rows}, indent=1) + "\n")
 
 
@@ -662,7 +703,7 @@ def product_tflops(side: int) -> float:
 
 
 def compile_ahead(processes: int, kinds: Sequence[str]) -> None:
-    """Fill Triton's cache from several processes, so that the timing run does not wait."""
+    """Fill Triton's cache, `wgmma`'s too, from several processes: the timing run does not wait."""
     jobs = [
         subprocess.Popen(
             [sys.executable, __file__, "--compile", f"{index}/{processes}", "--kinds", *kinds]
@@ -675,19 +716,15 @@ def compile_ahead(processes: int, kinds: Sequence[str]) -> None:
 
 def compile_share(index: int, count: int, kinds: Sequence[str]) -> None:
     work = [(kind, c) for kind in kinds for c in candidates(kind) if c.tile]
-    work += [
-        (kind, Candidate(AT_ONCE, tile))
-        for kind in kinds
-        for tile in gated_tiles(kind)
-        if has_tma(DEVICE)
-    ]
+    work += [(kind, candidate) for kind in kinds for candidate in gated_candidates(kind)]
     for kind, candidate in work[index::count]:
         x, weight, scale = operands(kind, 256, 512, 512, 1)[0]
         try:
-            if candidate.implementation == AT_ONCE:
+            if candidate.implementation in GATED_IMPLEMENTATIONS:
                 spec = SPEC_OF_KIND[kind]
                 out = Output(spec, x.scale if spec and spec.is_static else None)
-                gated_matmul_triton(x, weight, scale, out, torch.bfloat16, candidate.tile)
+                how = (candidate.implementation, candidate.tile)
+                gated_matmul(x, weight, scale, out, torch.bfloat16, *how)
                 continue
             matmul(x, weight, scale, torch.bfloat16, candidate.implementation, candidate.tile)
         except Exception:  # noqa: BLE001  the timing run reports it
@@ -732,7 +769,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.choices:
-        merge_choices(arguments.choices, choices)
+        merge_choices(arguments.choices, with_other_heights(record["gemm"], choices))  # type: ignore[arg-type]
     if arguments.ceilings:
         merge_ceiling(arguments.ceilings, record)
 

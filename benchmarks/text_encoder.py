@@ -34,7 +34,8 @@ from kernels import (
 )
 from zimage_fp8.engine.qwen3 import LINEARS, layer_shapes, read_qwen3_config
 from zimage_fp8.engine.text import FastTextEncoder, few_rows_tile
-from zimage_fp8.kernels.matmul import Tile, matmul, refusal
+from zimage_fp8.kernels.matmul import matmul, refusal
+from zimage_fp8.kernels.tile import Tile
 
 TOKENS = (32, 64, 96, 128)
 MODES: tuple[dict[str, Any], ...] = (

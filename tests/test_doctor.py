@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from zimage_fp8 import doctor, provenance
+from zimage_fp8.kernels import wgmma
 from zimage_fp8.numerics import E4M3_STATIC
 
 
@@ -96,7 +97,10 @@ def test_what_runs_on_a_gpu_follows_its_capability(
         ((7, 5), {"reference"}),
         ((8, 0), {"reference", "cublas", "triton"}),
         ((8, 9), {"reference", "cublas", "cublas-slow", "cublas-row", "triton"}),
-        ((9, 0), {"reference", "cublas", "cublas-slow", "cublas-row", "triton-tma", "triton"}),
+        (
+            (9, 0),
+            {"reference", "cublas", "cublas-slow", "cublas-row", "triton-tma", "triton", "wgmma"},
+        ),
         ((12, 1), {"reference", "cublas", "cublas-slow", "cublas-row", "triton-tma", "triton"}),
     ],
 )
@@ -104,6 +108,8 @@ def test_every_product_says_what_it_takes_or_why_not(
     monkeypatch: pytest.MonkeyPatch, capability: doctor.Capability | None, available: set[str]
 ) -> None:
     monkeypatch.setattr(doctor, "HAS_TRITON", True)
+    monkeypatch.setattr(wgmma, "HAS_TRITON", True)
+    monkeypatch.setattr(wgmma, "find_nvrtc", lambda: object())
     found = named(doctor.products(capability))
     assert set(found) == set(doctor.IMPLEMENTATIONS)
     assert {name for name, verdict in found.items() if verdict.is_available} == available
@@ -119,10 +125,17 @@ def test_every_product_says_what_it_takes_or_why_not(
 
 def test_without_triton_its_products_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HAS_TRITON", False)
+    monkeypatch.setattr(wgmma, "HAS_TRITON", False)
     found = named(doctor.products((9, 0)))
+    assert not found["wgmma"].is_available
     assert "pip install triton" in found["triton"].why
     assert "pip install triton" in found["triton-tma"].why
     assert found["cublas"].is_available
+
+
+def test_without_nvrtc_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wgmma, "find_nvrtc", lambda: None)
+    assert "pip install nvidia-cuda-nvrtc" in named(doctor.products((9, 0)))["wgmma"].why
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from zimage_fp8.kernels.attention import BACKENDS, Backend, Target, choose_backe
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, default_implementation, matmul, refusal
 from zimage_fp8.kernels.scaled_mm import scaled_mm_reference
+from zimage_fp8.kernels.wgmma import needed_by_wgmma
 from zimage_fp8.numerics import (
     DTYPE,
     E4M3_ROW,
@@ -291,6 +292,9 @@ def products(capability: Capability | None) -> tuple[Verdict, ...]:
 
 
 def _takes(implementation: str, capability: Capability | None) -> Verdict:
+    if implementation == "wgmma":
+        reason = needed_by_wgmma(capability)
+        return Verdict(implementation, not reason, reason or f"takes {', '.join(_operands())}")
     fp8 = gate(implementation, FP8, capability)
     if implementation != "reference":
         verdict = gate(implementation, TMA if implementation == "triton-tma" else BF16, capability)

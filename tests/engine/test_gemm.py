@@ -1,6 +1,7 @@
 """Which matrix product runs: the shipped measurements, and how a shape finds its row."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from zimage_fp8.engine import gemm
 from zimage_fp8.engine.gemm import (
-    AT_ONCE,
+    CUBLAS_TILE,
     GATED,
     SEPARATE,
     Choice,
@@ -19,8 +20,11 @@ from zimage_fp8.engine.gemm import (
     measured,
 )
 from zimage_fp8.kernels.activation import Activation, Output, encode_reference
-from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile
+from zimage_fp8.kernels.gated_matmul import GATED_IMPLEMENTATIONS
+from zimage_fp8.kernels.matmul import IMPLEMENTATIONS
 from zimage_fp8.kernels.swiglu import gated
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import Program
 from zimage_fp8.layout import ZImageConfig
 from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
@@ -41,6 +45,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gemm, "measured", lambda: rows)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H")
+    monkeypatch.setattr(gemm, "multiprocessors", lambda _: 132)
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -102,29 +107,84 @@ def test_a_gpu_reads_the_rows_of_its_name(
     assert (choice.implementation if choice else None) == found
 
 
+# Of 3,840 columns, 2,112 rows are 264 tiles of 192 x 160: two for each multiprocessor. 2,144 are
+# 288, three for some of them, where 255 tiles of 128 x 256 are two.
+TALL = Choice("H", (9, 0), "int8-vector", 2112, 3840, 64, "wgmma", Tile(m=192, n=160), 100.0)
+LOW = Choice("H", (9, 0), "int8-vector", 2112, 3840, 64, "triton-tma", Tile(m=128, n=256), 110.0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "rows", "us"),
+    [
+        (TALL, 2112, 100.0),
+        (TALL, 2080, 100.0),
+        (TALL, 2144, 150.0),
+        (TALL, 1056, 50.0 * 2),  # 144 tiles: a second round for twelve of them
+        (LOW, 2144, 110.0),
+        (LOW, 4352, 220.0),
+        (replace(LOW, tile=Tile(m=128, n=128, per_sm=2)), 2144, 110.0),  # 510 of 264 at a time
+        (replace(LOW, implementation="triton-gated", tile=Tile(n=128), columns=7680), 2200, 137.5),
+        (replace(LOW, implementation="cublas", tile=None), 2200, 165.0),  # 270 tiles
+    ],
+)
+def test_time_comes_in_rounds(choice: Choice, rows: int, us: float) -> None:
+    assert choice.expected_us(rows, 132) == pytest.approx(us)
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("rows", "low_us", "found"),
+    [
+        (2112, 110.0, TALL),
+        (2144, 110.0, LOW),
+        (2144, 145.0, TALL),  # 3 % faster: no more than two measurements differ
+        (2112, 97.0, TALL),
+        (2112, 90.0, LOW),
+    ],
+)
+def test_tiles_that_do_not_fit_give_way(
+    monkeypatch: pytest.MonkeyPatch, rows: int, low_us: float, found: Choice
+) -> None:
+    monkeypatch.setattr(gemm, "measured", lambda: (TALL, replace(LOW, us=low_us)))
+    monkeypatch.setattr(gemm, "wgmma_refusal", lambda _: None)
+    choice = choose(CUDA, "int8-vector", rows, 3840, 64)
+    assert choice is not None
+    assert choice.implementation == found.implementation
+
+
+@pytest.mark.usefixtures("table")
+def test_what_cannot_run_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "measured", lambda: (TALL, LOW))
+    monkeypatch.setattr(gemm, "wgmma_refusal", lambda _: "it needs NVRTC")
+    choice = choose(CUDA, "int8-vector", 2112, 3840, 64)
+    assert choice == LOW
+
+
 def test_the_cpu_runs_the_reference() -> None:
     assert choose(torch.device("cpu"), "e4m3-scalar", 2112, 11520, 3840) is None
 
 
 @pytest.mark.parametrize(
-    "choice", measured(), ids=lambda it: f"{it.gpu.split()[1]}-{it.kind}-{it.rows}-{it.columns}"
+    "choice",
+    measured(),
+    ids=lambda it: f"{it.gpu.split()[1]}-{it.kind}-{it.rows}-{it.columns}-{it.implementation}",
 )
 def test_every_shipped_choice_can_run(choice: Choice) -> None:
     """What `kernels.matmul` would refuse or divide wrongly must not be in the file."""
     format = choice.kind.partition("-")[0]
     allowed = {
-        "bf16": {"cublas"},
-        "e4m3-scalar": {"cublas", "cublas-slow", "cublas-row", "triton-tma", "triton"},
-        "e4m3-vector": {"cublas-row", "triton-tma", "triton"},
-        "int8-vector": {"triton-tma", "triton"},
+        "bf16": {"cublas", "wgmma"},
+        "e4m3-scalar": {"cublas", "cublas-slow", "cublas-row", "triton-tma", "triton", "wgmma"},
+        "e4m3-vector": {"cublas-row", "triton-tma", "triton", "wgmma"},
+        "int8-vector": {"triton-tma", "triton", "wgmma"},
     }
     if choice.kind.endswith(GATED):
         assert choice.kind.removesuffix(GATED) in allowed
-        assert choice.implementation in (AT_ONCE, SEPARATE)
+        assert choice.implementation in (*GATED_IMPLEMENTATIONS, SEPARATE)
     else:
         assert choice.implementation in allowed[choice.kind]
         assert choice.implementation in IMPLEMENTATIONS
-    needs_tma = choice.implementation in ("triton-tma", AT_ONCE)
+    needs_tma = choice.implementation in ("triton-tma", "triton-gated")
     assert not needs_tma or choice.capability >= (9, 0)
     assert format == "bf16" or choice.capability >= ((8, 9) if format == "e4m3" else (8, 0))
     assert choice.us > 0
@@ -136,16 +196,25 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
         assert choice.tile.parts in (1, 2)
         assert choice.tile.warps in (1, 2, 4, 8, 16)
         assert min(choice.tile.stages, choice.tile.group, choice.tile.per_sm) >= 1
+    elif choice.implementation.startswith("wgmma"):
+        assert choice.capability == (9, 0)
+        assert choice.tile is not None
+        gated = choice.kind.endswith(GATED)
+        tile = choice.tile  # which the next line would refuse
+        Program(torch.int8, tile.m // 64, tile.n, tile.stages, gated)
     else:
         assert choice.tile is None
 
 
-def test_every_product_of_the_full_size_is_measured_once() -> None:
-    """For one size of picture at least, in every format; a shape twice would be a coin toss."""
+def test_every_product_of_the_full_size_is_measured() -> None:
+    """For one size of picture at least, in every format; twice only with tiles of two heights."""
     config = ZImageConfig()
     dim, ffn = config.dim, config.ffn_dim
     shapes = {(3 * dim, dim), (dim, dim), (2 * ffn, dim), (dim, ffn)}
-    keys = [(it.gpu, it.kind, it.rows, it.columns, it.depth) for it in measured()]
+    keys = [
+        (it.gpu, it.kind, it.rows, it.columns, it.depth, (it.tile or CUBLAS_TILE).m)
+        for it in measured()
+    ]
     assert len(set(keys)) == len(keys)
     for kind in ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector"):
         assert shapes <= {(it.columns, it.depth) for it in measured() if it.kind == kind}
@@ -207,9 +276,10 @@ def test_without_a_measurement_the_gate_follows_its_product() -> None:
 @pytest.mark.parametrize(
     ("winners", "at_once", "described"),
     [
-        ({1000: AT_ONCE}, {1000, 1900, 600}, "triton-gated"),
+        ({1000: "triton-gated"}, {1000, 1900, 600}, "triton-gated"),
+        ({1000: "wgmma-gated"}, {1000, 1900, 600}, "wgmma-gated"),
         ({1000: SEPARATE}, set(), "cublas-row"),
-        ({1000: AT_ONCE, 4000: SEPARATE}, {1000, 1900, 600}, "cublas-row or triton-gated"),
+        ({1000: "triton-gated", 4000: SEPARATE}, {1000, 1900, 600}, "cublas-row or triton-gated"),
     ],
 )
 def test_one_kernel_gates_where_that_was_faster(
@@ -221,6 +291,7 @@ def test_one_kernel_gates_where_that_was_faster(
         for rows, winner in winners.items()
     ]
     monkeypatch.setattr(gemm, "fitting", lambda _, kind, *__: [c for c in table if c.kind == kind])
+    monkeypatch.setattr(gemm, "multiprocessors", lambda _: 132)
     choose.cache_clear()
     linear = linear_of_codes(64, 32)
     assert linear.gates_at_once(1000) is None, "measured in BF16, not in FP32"
@@ -236,5 +307,6 @@ def test_before_the_first_picture_the_measured_ones_are_named() -> None:
     """A server describes itself before it has drawn, and that goes into records."""
     linear = Linear(nn.Linear(3840, 11520, bias=False, device="cuda"), torch.bfloat16)
     known = fitting(torch.device("cuda"), "bf16", 11520, 3840)
-    names = sorted({choice.implementation for choice in known}) or ["default"]
+    winners = {choice.rows: choice.implementation for choice in reversed(known)}
+    names = sorted(set(winners.values())) or ["default"]
     assert linear.describe() == f"bf16 by {' or '.join(names)}"

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from compare import same_bits, sqnr_db
-from zimage_fp8.engine.gemm import AT_ONCE, GATED, Choice, Linear
+from zimage_fp8.engine.gemm import GATED, Choice, Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
 from zimage_fp8.kernels.attention import BACKENDS, Target, attention
-from zimage_fp8.kernels.matmul import Tile
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import WGMMA_TILE
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
@@ -116,17 +117,24 @@ def test_nano_in_bf16(policy: str, backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [Tile(n=64, k=64, warps=4, stages=3, per_sm=2), Tile(n=128, k=64)])
+@pytest.mark.parametrize(
+    ("implementation", "tile"),
+    [
+        ("triton-gated", Tile(n=64, k=64, warps=4, stages=3, per_sm=2)),
+        ("triton-gated", Tile(n=128, k=64)),
+        ("wgmma-gated", WGMMA_TILE),
+    ],
+)
 @pytest.mark.parametrize("policy", ["bf16_base", "full", "online_fp8", "fp8-row", "int8-rot"])
 def test_nano_with_the_gate_inside_its_product(
-    monkeypatch: pytest.MonkeyPatch, policy: str, tile: Tile
+    monkeypatch: pytest.MonkeyPatch, policy: str, implementation: str, tile: Tile
 ) -> None:
     """As at full size, where that was measured to be faster; nano's own shapes were not."""
     pipeline = load("nano", policy, "bfloat16", "cuda")
 
     def at_once(linear: Linear, rows: int) -> Choice:
         return Choice(
-            "", (9, 0), linear.kind + GATED, rows, *linear.weight.shape, AT_ONCE, tile, 1.0
+            "", (9, 0), linear.kind + GATED, rows, *linear.weight.shape, implementation, tile, 1.0
         )
 
     monkeypatch.setattr(Linear, "gates_at_once", at_once)
@@ -134,7 +142,7 @@ def test_nano_with_the_gate_inside_its_product(
     with torch.inference_mode():
         refined = pipeline.transformer.refine_caption(*caption(pipeline))
         engine.forward(inputs(pipeline), transformer_time(0.5), refined)
-    assert AT_ONCE in engine.linears["w13"].describe()
+    assert implementation in engine.linears["w13"].describe()
     assert agreement_db(pipeline) > 28
 
 

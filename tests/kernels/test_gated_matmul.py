@@ -1,5 +1,7 @@
 """Product and gate in one kernel, against the product in fp32 and the gate in PyTorch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ from zimage_fp8.kernels.gated_matmul import (
     gated_matmul_triton,
 )
 from zimage_fp8.kernels.language import HAS_TRITON
-from zimage_fp8.kernels.matmul import Tile
 from zimage_fp8.kernels.swiglu import gated_reference
+from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.numerics import (
     E4M3_ROW,
     E4M3_STATIC,
@@ -28,7 +30,11 @@ from zimage_fp8.numerics import (
 SMALL = Tile(m=32, n=32, k=32, warps=4, stages=2, group=2)
 SHAPES = [(37, 96, 48), (70, 160, 208)]  # (tokens, hidden, in): edges in every direction
 FULL_SIZE = [(2112, 10240, 3840), (100, 10240, 3840), (333, 1280, 640)]
-TILES = [None, Tile(n=64, warps=4, stages=3, per_sm=2, group=17)]
+HOW: list[tuple[str, Tile | None]] = [
+    ("triton-gated", None),
+    ("triton-gated", Tile(n=64, warps=4, stages=3, per_sm=2, group=17)),
+    ("wgmma-gated", None),
+]
 
 
 def gated_operands(
@@ -96,29 +102,29 @@ def test_unquantized_inputs_in_the_interpreter(spec: QuantSpec | None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [None, Tile(n=64, k=64, warps=4, stages=3, per_sm=2, group=17)])
+@pytest.mark.parametrize(("name", "tile"), [(n, t and replace(t, k=64)) for n, t in HOW])
 @pytest.mark.parametrize("shape", FULL_SIZE)
-def test_unquantized_inputs(shape: tuple[int, int, int], tile: Tile | None) -> None:
+def test_unquantized_inputs(shape: tuple[int, int, int], name: str, tile: Tile | None) -> None:
     rows, hidden, depth = shape
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(rows, depth, device="cuda", generator=generator).bfloat16()
     weight = torch.randn(2 * hidden, depth, device="cuda", generator=generator).bfloat16() / 60
-    actual = gated_matmul(Activation(x), weight, None, PLAIN, torch.bfloat16, tile)
+    actual = gated_matmul(Activation(x), weight, None, PLAIN, torch.bfloat16, name, tile)
     wide = x[:64].double() @ weight.double().T
     gate, value = wide.chunk(2, dim=-1)
     assert relative_error(actual.values[:64], gate * gate.sigmoid() * value) < 2e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("name", "tile"), HOW)
 @pytest.mark.parametrize("shape", FULL_SIZE)
 @pytest.mark.parametrize("vectors", [True, False])
 @pytest.mark.parametrize("format", ["e4m3", "int8"])
 def test_plain_values(
-    format: str, vectors: bool, shape: tuple[int, int, int], tile: Tile | None
+    format: str, vectors: bool, shape: tuple[int, int, int], name: str, tile: Tile | None
 ) -> None:
     x, weight, scale = gated_operands(*shape, format, vectors=vectors, device="cuda")
-    actual = gated_matmul(x, weight, scale, PLAIN, torch.bfloat16, tile)
+    actual = gated_matmul(x, weight, scale, PLAIN, torch.bfloat16, name, tile)
     first = Activation(x.values[:64], x.scale[:64] if vectors else x.scale)  # type: ignore[index]
     # The output's rounding is 1.7e-3, what E4M3's fast accumulation loses comes on top.
     bound = 2e-3 if format == "int8" else 5e-3
@@ -128,17 +134,17 @@ def test_plain_values(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("name", "tile"), HOW)
 @pytest.mark.parametrize("shape", FULL_SIZE)
 @pytest.mark.parametrize("spec", [E4M3_STATIC, E4M3_ROW, INT8_ROT])
-def test_codes(spec: QuantSpec, shape: tuple[int, int, int], tile: Tile | None) -> None:
+def test_codes(spec: QuantSpec, shape: tuple[int, int, int], name: str, tile: Tile | None) -> None:
     """What the codes stand for is as near to fp64 as codes of the exact values are."""
     format = spec.format
     x, weight, scale = gated_operands(*shape, format, vectors=not spec.is_static, device="cuda")
     exact = gate_in_fp64(x, weight, scale).float()
     static = scale_of(amax(exact, per_row=False), format) if spec.is_static else None
     out = Output(spec, static)
-    actual = gated_matmul(x, weight, scale, out, torch.bfloat16, tile)
+    actual = gated_matmul(x, weight, scale, out, torch.bfloat16, name, tile)
     best = encode_reference(exact, out, torch.bfloat16)
     assert actual.values.dtype == best.values.dtype
     if static is not None:

@@ -8,8 +8,9 @@ from compare import relative_error, same_bits
 from operands import operands
 from zimage_fp8.kernels.activation import Activation
 from zimage_fp8.kernels.language import HAS_TRITON
-from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, Tile, matmul, refusal
+from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, matmul, refusal
 from zimage_fp8.kernels.scaled_mm import scaled_mm_reference
+from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.numerics import DTYPE
 
 SMALL = Tile(m=32, n=32, k=32, warps=4, stages=2)
@@ -46,7 +47,7 @@ def test_int8_in_the_interpreter(
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", FULL_SIZE)
 @pytest.mark.parametrize("vectors", [True, False])
-@pytest.mark.parametrize("name", ["triton-tma", "triton"])
+@pytest.mark.parametrize("name", ["triton-tma", "triton", "wgmma"])
 def test_int8(name: str, vectors: bool, shape: tuple[int, int, int]) -> None:
     x, weight, scale = operands(*shape, "int8", vectors=vectors, device="cuda")
     actual = matmul(x, weight, scale, torch.bfloat16, name)
@@ -71,6 +72,8 @@ def _rows(x: Activation, count: int) -> Tensor:
         ("triton-tma", True),
         ("triton-tma", False),
         ("triton", True),
+        ("wgmma", True),
+        ("wgmma", False),
     ],
 )
 def test_e4m3(name: str, vectors: bool, shape: tuple[int, int, int]) -> None:

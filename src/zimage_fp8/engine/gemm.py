@@ -5,6 +5,7 @@ default of `kernels.matmul`; what was chosen and why is in `Pipeline.describe`.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -14,19 +15,29 @@ from torch import Tensor, nn
 
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul
-from zimage_fp8.kernels.matmul import Tile, default_implementation, matmul
+from zimage_fp8.kernels.language import multiprocessors
+from zimage_fp8.kernels.matmul import default_implementation, matmul
 from zimage_fp8.kernels.swiglu import gated
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import wgmma_refusal
 from zimage_fp8.quant.linear import QuantLinear
 
 # A product with its gate is measured as the product's kind with this suffix, and won by one kernel
 # of both or by the two one after the other.
 GATED = "-gated"
-AT_ONCE, SEPARATE = "triton-gated", "separate"
+SEPARATE = "separate"
+
+
+# A later choice of the same rows must be expected to be this much faster: measured twice, products
+# differ by up to 3 %.
+MARGIN = 0.95
+CUBLAS_TILE = Tile(m=128, n=256)  # what it takes for most of these shapes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One measured winner. gpu: PyTorch's name of it. rows is the M it was measured at."""
+    """A measured winner, or the best with tiles of another height. gpu: PyTorch's name of it. rows
+    is the M it was measured at."""
 
     gpu: str
     capability: tuple[int, int]
@@ -37,6 +48,18 @@ class Choice:
     implementation: str
     tile: Tile | None
     us: float
+
+    def expected_us(self, rows: int, multiprocessors: int) -> float:
+        """What it takes for other rows: as much longer as it needs more rounds, in each of which
+        every multiprocessor computes a tile, or two where two programs share it."""
+        tile = self.tile or CUBLAS_TILE
+        width = tile.n * 2 if self.implementation == "triton-gated" else tile.n
+        programs = tile.per_sm * multiprocessors
+
+        def rounds(rows: int) -> int:
+            return -(-(-(-rows // tile.m) * -(-self.columns // width)) // programs)
+
+        return self.us * rounds(rows) / rounds(self.rows)
 
 
 class Linear:
@@ -74,7 +97,9 @@ class Linear:
         if found is None:
             return gated(self(x), out)
         self.chosen[rows] = found.implementation
-        return gated_matmul(x, self.weight, self.weight_scale, out, self.dtype, found.tile)
+        return gated_matmul(
+            x, self.weight, self.weight_scale, out, self.dtype, found.implementation, found.tile
+        )
 
     def gates_at_once(self, rows: int) -> Choice | None:
         """The kernel of both product and gate, where it is the faster way."""
@@ -96,13 +121,16 @@ class Linear:
         if self.dtype != torch.bfloat16:
             return set()
         gates, products = (
-            {
-                choice.implementation
-                for choice in fitting(self.weight.device, kind, *self.weight.shape)
-            }
+            {choice.implementation for choice in self._winners(kind)}
             for kind in (self.kind + GATED, self.kind)
         )
         return (gates - {SEPARATE}) | (products if not gates or SEPARATE in gates else set())
+
+    def _winners(self, kind: str) -> Iterable[Choice]:
+        first: dict[int, Choice] = {}
+        for choice in fitting(self.weight.device, kind, *self.weight.shape):
+            first.setdefault(choice.rows, choice)
+        return first.values()
 
 
 def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
@@ -115,23 +143,33 @@ def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
 
 @lru_cache(maxsize=4096)
 def choose(device: torch.device, kind: str, rows: int, columns: int, depth: int) -> Choice | None:
-    """The winner measured nearest to `rows`, or None where nothing near was measured."""
-    near = (
+    """The winner measured nearest to `rows`, or None where nothing near was measured. Where its
+    tiles fit these rows badly, 12 of 192 where 17 of 128 would do, the other one measured there."""
+    near = [
         choice
         for choice in fitting(device, kind, columns, depth)
         if rows / 2 <= choice.rows <= 2 * rows
-    )
-    return min(near, key=lambda choice: abs(choice.rows - rows), default=None)
+    ]
+    if not near:
+        return None
+    nearest = min(near, key=lambda choice: abs(choice.rows - rows)).rows
+    winner, *others = [choice for choice in near if choice.rows == nearest]
+    count = multiprocessors(device)
+    other = min(others, key=lambda choice: choice.expected_us(rows, count), default=winner)
+    is_faster = other.expected_us(rows, count) < MARGIN * winner.expected_us(rows, count)
+    return other if is_faster else winner
 
 
 def fitting(device: torch.device, kind: str, columns: int, depth: int) -> list[Choice]:
-    """What was measured for a kind and shape at any number of rows: on a GPU of this name, or else
-    on the first in the table of its compute capability."""
+    """What was measured for a kind and shape at any number of rows, winners first: on a GPU of
+    this name, or else on the first in the table of its compute capability."""
     if device.type != "cuda":
         return []
     wanted = (torch.cuda.get_device_capability(device), kind, columns, depth)
     found: dict[str, list[Choice]] = {}
     for choice in measured():
+        if choice.implementation.startswith("wgmma") and wgmma_refusal(device):
+            continue  # `doctor` says why
         if (choice.capability, choice.kind, choice.columns, choice.depth) == wanted:
             found.setdefault(choice.gpu, []).append(choice)
     name = torch.cuda.get_device_name(device)

@@ -39,7 +39,7 @@ GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (group, re.compile(pattern, re.IGNORECASE))
     for group, pattern in (
         (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|_attn_|sage"),
-        (GEMM, r"^_(tma|gated_tma|pointer)_kernel$"),
+        (GEMM, r"^(_tma|_gated_tma|_pointer|wgmma)_kernel$"),
         ("", r"^_\w+_kernel$"),
         (CONVOLUTION, r"conv(?!ert)|fprop|dgrad|cudnn"),
         (GEMM, r"nvjet|gemm|gemv|cublas|cutlass|splitk|::_?\w*mm(_out)?$|::linear$|::matmul$"),

@@ -33,9 +33,10 @@ from zimage_fp8.errors import ModelError
 from zimage_fp8.kernels.activation import Activation, Output, encode
 from zimage_fp8.kernels.add_norm import add_norm
 from zimage_fp8.kernels.language import next_power_of_2, runs_triton
-from zimage_fp8.kernels.matmul import Tile, matmul
+from zimage_fp8.kernels.matmul import matmul
 from zimage_fp8.kernels.qwen_rope import half_rope_table, qwen_norm_rope
 from zimage_fp8.kernels.swiglu import gated
+from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.model.text import MAX_TOKENS, PromptEncoder
 
 BUCKET = 32  # tokens

@@ -14,7 +14,9 @@ attention's keys and values are linear in the same pixels, so both stay out of i
 (`kernels.pixel_attention`).
 """
 
+import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,8 @@ from zimage_fp8.kernels.group_norm import (
 from zimage_fp8.kernels.pixel_attention import pixel_attention
 from zimage_fp8.model.autoencoder import Attention, MidBlock, Resnet
 from zimage_fp8.model.vae import Decoder
+
+log = logging.getLogger(__name__)
 
 BAND_ELEMENTS = 2**24  # of one band: 32 MiB in BF16, below an H100's 50 MB of L2
 # Beyond as many pixels as 1024x512 has, bands are twice that: 31.9 to 29.1 ms at 1024x1024, and
@@ -82,6 +86,11 @@ class FastDecoder(Decoder):
         self.graphs = GraphCache(device) if graphs is None else graphs
         self._owner = object()  # in every key: the cache may be shared
         self.band_elements = band_elements
+        self._rehearsal: Future[None] | None = None
+        if device.type == "cuda":
+            pool = ThreadPoolExecutor(1, thread_name_prefix="rehearsal")
+            self._rehearsal = pool.submit(self._rehearse)
+            pool.shutdown(wait=False)
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> np.ndarray:
@@ -90,8 +99,20 @@ class FastDecoder(Decoder):
         The first call of a size captures its graph. cuDNN chooses its algorithms by itself: trying
         them makes a picture 1 to 4 % faster, takes 1.4 to 3 s per size, and tens of MiB (H200).
         """
+        if self._rehearsal is not None:
+            if error := self._rehearsal.exception():
+                log.warning("the decoder's rehearsal failed: %s", error)
+            self._rehearsal = None
         key = ("vae", self._owner, *latent.shape)
         return _to_host(self.graphs.run(key, self._levels, latent))
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Decode a small latent while the other models load: kernels are compiled and libraries
+        loaded then, which on a machine that never ran them takes 5 s."""
+        device = self.vae.device
+        with torch.cuda.device(device):
+            self._levels(torch.zeros(1, self.vae.config.latent_channels, 16, 16, device=device))
 
     def _levels(self, latent: Tensor) -> Tensor:
         """latent fp32 [1, channels, h, w] -> uint8 [8h, 8w, 3] on the device."""

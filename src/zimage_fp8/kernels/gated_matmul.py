@@ -3,6 +3,7 @@
 A tile is the same columns of w1 and of w3, fetched by one bulk copy and multiplied as one matrix;
 what leaves the multiprocessor is half as wide as the product, and codes where their scale is known
 beforehand. Per block of the transformer that saves writing and reading a matrix of 20,480 columns.
+By Triton here, or by `wgmma.py`.
 
 Exactness. Gates and values are not rounded between product and gate, which `matmul` followed by
 `gated` does: this is the more exact of the two. Against the reference sums run in another order.
@@ -21,11 +22,14 @@ from zimage_fp8.kernels.activation import (
     encode,
 )
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
-from zimage_fp8.kernels.matmul import Tile, has_tma, place
+from zimage_fp8.kernels.matmul import has_tma, place
 from zimage_fp8.kernels.scaled_mm import scaled_mm
 from zimage_fp8.kernels.swiglu import gated_reference
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import wgmma_gated, wgmma_refusal
 from zimage_fp8.numerics import QMAX
 
+GATED_IMPLEMENTATIONS = ("triton-gated", "wgmma-gated")
 # n is the width of what is written: as many columns of w1 and of w3.
 GATED_TILE = Tile(n=128, stages=4, group=17)
 WIDE_INPUT_TILE = Tile(n=128, k=64, stages=4, group=17)
@@ -37,6 +41,7 @@ def gated_matmul(
     weight_scale: Tensor | None,
     out: Output,
     dtype: torch.dtype,
+    implementation: str = "triton-gated",
     tile: Tile | None = None,
 ) -> Activation:
     """x: [tokens, in]; weight: [2 · hidden, in], w1 above w3; both BF16 or codes; weight_scale:
@@ -44,10 +49,18 @@ def gated_matmul(
     in `dtype`.
 
     A scale per token needs the whole row: the gate is then written in `dtype` and encoded by a
-    kernel of its own. Raises ValueError where the GPU has no bulk copies.
+    kernel of its own. Raises ValueError when the implementation cannot run it.
     """
+    if implementation not in GATED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"gated product {implementation!r}: expected one of {', '.join(GATED_IMPLEMENTATIONS)}"
+        )
     if not runs_triton(weight):
         return gated_matmul_reference(x, weight, weight_scale, out, dtype)
+    if implementation == "wgmma-gated":
+        if reason := wgmma_refusal(weight.device):
+            raise ValueError(f"gated product {implementation!r} cannot run this: {reason}")
+        return wgmma_gated(x, weight, weight_scale, out, dtype, tile)
     if not has_tma(weight.device):
         raise ValueError("a gated product needs Hopper's bulk copies (compute capability 9.0)")
     return gated_matmul_triton(x, weight, weight_scale, out, dtype, tile)

@@ -255,7 +255,7 @@ def _merge_moments_kernel(partial, moments, total, num_rows, eps, BLOCK: tl.cons
     tl.store(moments + num_rows + row, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_group"])
 def _normalize_kernel(
     x, above, below, out, moments, weight, bias, shift,
     pixels, above_pixels, below_pixels, width, written, channels,

@@ -8,12 +8,12 @@ cublas-slow     E4M3 under two scalars, accumulated in full fp32
 cublas-row      E4M3 with a scale per token and per output row
 triton-tma      E4M3 and INT8, any scales: persistent programs fed by the bulk copy engine (Hopper)
 triton          E4M3 and INT8, any scales: plain pointers (Ampere, Ada and later)
+wgmma           BF16, E4M3 and INT8, any scales: CUDA C++ for Hopper alone (`wgmma.py`)
 
 INT8 sums exactly in int32, so its implementations agree bit for bit with the reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -22,23 +22,8 @@ from torch import Tensor
 from zimage_fp8.kernels.activation import Activation
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.scaled_mm import scaled_mm
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A Triton GEMM's shape: rows, columns and depth of a tile; warps; pipeline stages; into how
-    many column parts the result is stored; rows of tiles walked together for the cache's sake;
-    persistent programs per multiprocessor."""
-
-    m: int = 128
-    n: int = 256
-    k: int = 128
-    warps: int = 8
-    stages: int = 3
-    parts: int = 1
-    group: int = 8
-    per_sm: int = 1
-
+from zimage_fp8.kernels.tile import Tile
+from zimage_fp8.kernels.wgmma import wgmma, wgmma_refusal
 
 TMA_TILE = Tile()
 WIDE_OUTPUT_TILE = Tile(n=128)  # fp32 results take twice the shared memory
@@ -84,6 +69,8 @@ def refusal(implementation: str, x: Activation, weight_scale: Tensor | None) -> 
     if implementation == "cublas":
         fits = is_plain or (scalars and x.values.dtype != torch.int8)
         return None if fits else "it takes BF16, or E4M3 under two scalars"
+    if implementation == "wgmma":
+        return wgmma_refusal(x.values.device)
     if is_plain:
         return "it takes 8-bit codes"
     if implementation == "cublas-slow" and not (scalars and x.values.dtype != torch.int8):
@@ -221,6 +208,7 @@ IMPLEMENTATIONS: dict[str, MatMul] = {
     "cublas-row": _cublas_row,
     "triton-tma": _triton_tma,
     "triton": _triton,
+    "wgmma": wgmma,
 }
 
 

@@ -1,0 +1,276 @@
+// A linear layer's matrix product on Hopper, with its scales and, for the feed-forward, its gate:
+// out = (left right^T) * x_scale * weight_scale, or silu of its first half times its second.
+//
+// Persistent and warp-specialized: one thread of the last warpgroup copies tiles of both operands
+// into a ring of stages (bulk copies), the other warpgroups multiply 64 rows each (wgmma) and write
+// their results straight from registers. `wgmma.py` compiles this file, sets the constants in
+// capitals and writes `multiply`, one wgmma over 32 bytes of depth.
+
+#include "multiply.cuh"
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int M = 64 * WARPGROUPS;
+constexpr int K_BYTES = 128;  // a row of a stage, as wide as the widest swizzle
+constexpr int LEFT_BYTES = M * K_BYTES;
+constexpr int STAGE_BYTES = LEFT_BYTES + N * K_BYTES;
+// Two scalars are multiplied with each other once, except where results are promised bit for bit.
+constexpr bool ONE_FACTOR = !PER_TOKEN && !PER_CHANNEL && !EXACT_SUMS;
+constexpr int WIDTH = GATED ? N / 2 : N;  // columns that a tile writes
+
+struct __align__(64) TensorMap { u64 words[16]; };
+
+__device__ __forceinline__ void init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+        :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void load(u32 to, const TensorMap &map, u32 barrier, int k, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4}], [%2];"
+        :: "r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row) : "memory");
+}
+
+// The same rows of two matrices, one below the other.
+__device__ __forceinline__ void load_both(u32 to, const TensorMap &map, u32 barrier, int k, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5}], [%2];"
+        :: "r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row), "r"(0) : "memory");
+}
+
+// A matrix in shared memory as wgmma reads it: rows of 128 bytes, swizzled over groups of eight.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return 1ull << 62 | 64ull << 32 | 1ull << 16 | (at & 0x3FFFF) >> 4;
+}
+
+// Not reordered behind the product, which hides its latency.
+__device__ __forceinline__ float load_early(const float *from) {
+    float value;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+}
+
+__device__ __forceinline__ float silu(float x) {
+    float power, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+    return x * inverse;
+}
+
+// x / scale as IEEE divides (see `codes_of` in activation.py), clamped.
+__device__ __forceinline__ float quotient(float x, float scale, float inverse) {
+    float q = x * inverse;
+    q = fmaf(fmaf(-q, scale, x), inverse, q);
+    return fminf(fmaxf(q, -448.0f), 448.0f);
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+#if TO_CODES
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#else
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
+// Four neighbouring lanes hold two columns each of four blocks of eight columns. Afterwards lane i
+// holds all of block i: a transposition, in two exchanges.
+__device__ __forceinline__ void gather(u32 (&of)[4], bool odd, bool upper) {
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 other = __shfl_xor_sync(~0u, odd ? of[i] : of[i + 1], 1);
+        if (odd) of[i] = other; else of[i + 1] = other;
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 other = __shfl_xor_sync(~0u, upper ? of[i] : of[i + 2], 2);
+        if (upper) of[i] = other; else of[i + 2] = other;
+    }
+}
+
+// left [rows, depth], right [columns, depth], or [2, columns, depth] with a gate, of `steps` times
+// 128 bytes; out [rows, columns]. Tiles are walked `group` rows of them before the next column.
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
+            void *out, const float *x_scale, const float *weight_scale, const float *out_scale,
+            int rows, int columns, int steps, int group) {
+    extern __shared__ u8 memory[];
+    const u32 start = static_cast<u32>(__cvta_generic_to_shared(memory));
+    const u32 stages = (start + 1023) & ~1023u;  // what a swizzle repeats after
+    const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
+    float *scales = reinterpret_cast<float *>(memory + (empty + 8 * STAGES - start));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int tiles_m = (rows + M - 1) / M, tiles_n = (columns + WIDTH - 1) / WIDTH;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            init(full + 8 * i, 1);
+            init(empty + 8 * i, 4 * WARPGROUPS);  // each warp: its wgmma is done with the stage
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    int stage = 0;
+    u32 parity = 0;
+    const auto advance = [&] {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    };
+    const auto place = [&](int tile, int &m, int &n) {
+        const int first = tile / (group * tiles_n) * group, within = tile % (group * tiles_n);
+        const int height = min(tiles_m - first, group);
+        m = (first + within % height) * M;
+        n = within / height * WIDTH;
+    };
+
+    if (warp >= 4 * WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(PRODUCER_REGISTERS));
+        if (warp > 4 * WARPGROUPS || lane) return;
+        for (int tile = blockIdx.x; tile < tiles_m * tiles_n; tile += gridDim.x) {
+            int m, n;
+            place(tile, m, n);
+            for (int k = 0; k < steps; ++k, advance()) {
+                const u32 at = stages + stage * STAGE_BYTES, ready = full + 8 * stage;
+                wait(empty + 8 * stage, parity ^ 1);
+                expect(ready, STAGE_BYTES);
+                load(at, left, ready, k * K_BYTES, m);
+                (GATED ? load_both : load)(at + LEFT_BYTES, right, ready, k * K_BYTES, n);
+            }
+        }
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(CONSUMER_REGISTERS));
+    const int quad = lane % 4, warpgroup = warp / 4;
+    float of_row[2] = {1.0f, 1.0f}, of_all = 1.0f, scale = 1.0f, inverse = 1.0f;
+    if (SCALED && !PER_CHANNEL) of_all = *weight_scale;
+    if (SCALED && !PER_TOKEN) of_row[0] = of_row[1] = ONE_FACTOR ? *x_scale * of_all : *x_scale;
+    if (TO_CODES) {
+        scale = *out_scale;
+        inverse = __frcp_rn(scale);
+    }
+    Sum sums[N / 2];
+    for (int tile = blockIdx.x, turn = 0; tile < tiles_m * tiles_n; tile += gridDim.x, ++turn) {
+        int m, n;
+        place(tile, m, n);
+        const int row = m + warp * 16 + lane / 4;
+        if (PER_TOKEN)
+            for (int half = 0; half < 2; ++half)
+                of_row[half] = load_early(x_scale + min(row + 8 * half, rows - 1));
+        // Of two buffers, since a fast warp may be a tile ahead.
+        float *of_columns = scales + (turn % 2 * WARPGROUPS + warpgroup) * N;
+        if (PER_CHANNEL) {
+            for (int i = threadIdx.x % 128; i < N; i += 128) {
+                const int column = min(n + i % WIDTH, columns - 1) + i / WIDTH * columns;
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                    :: "r"(static_cast<u32>(__cvta_generic_to_shared(of_columns + i))),
+                       "l"(weight_scale + column) : "memory");
+            }
+        }
+        int before = 0;
+        for (int k = 0; k < steps; ++k, advance()) {
+            wait(full + 8 * stage, parity);
+            const u32 at = stages + stage * STAGE_BYTES;
+            const u64 a = descriptor(at + warpgroup * 64 * K_BYTES), b = descriptor(at + LEFT_BYTES);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            #pragma unroll
+            for (int part = 0; part < 4; ++part)  // of 32 bytes
+                multiply(sums, a + 2 * part, b + 2 * part, k + part);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            if (k) {  // one step multiplies while the stage of the one before is given back
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (!lane) arrive(empty + 8 * before);
+            }
+            before = stage;
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (!lane) arrive(empty + 8 * before);
+        #pragma unroll
+        for (int i = 0; i < N / 2; ++i) asm volatile("" : "+" SUM_REGISTER (sums[i]) :: "memory");
+        if (PER_CHANNEL) {
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            asm volatile("bar.sync %0, 128;" :: "r"(1 + warpgroup) : "memory");
+        }
+
+        #pragma unroll
+        for (int unit = 0; unit < WIDTH / 32; ++unit) {
+            u32 packed[2][4];
+            #pragma unroll
+            for (int block = 0; block < 4; ++block) {
+                const int j = 4 * unit + block;
+                float2 of_column[GATED + 1];
+                #pragma unroll
+                for (int part = 0; part <= GATED; ++part)
+                    of_column[part] = PER_CHANNEL
+                        ? *reinterpret_cast<float2 *>(of_columns + part * WIDTH + 8 * j + 2 * quad)
+                        : float2{of_all, of_all};
+                #pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float2 y[GATED + 1];
+                    #pragma unroll
+                    for (int part = 0; part <= GATED; ++part) {
+                        const int at = part * N / 4 + 4 * j + 2 * half;
+                        y[part] = {static_cast<float>(sums[at]), static_cast<float>(sums[at + 1])};
+                        if (SCALED) {
+                            y[part].x *= of_row[half];
+                            y[part].y *= of_row[half];
+                        }
+                        if (SCALED && !ONE_FACTOR) {
+                            y[part].x *= of_column[part].x;
+                            y[part].y *= of_column[part].y;
+                        }
+                    }
+                    if (GATED) {
+                        y[0].x = silu(y[0].x) * y[GATED].x;
+                        y[0].y = silu(y[0].y) * y[GATED].y;
+                    }
+                    if (TO_CODES) {
+                        y[0].x = quotient(y[0].x, scale, inverse);
+                        y[0].y = quotient(y[0].y, scale, inverse);
+                    }
+                    packed[half][block] = pack(y[0].x, y[0].y);
+                }
+            }
+            const int column = n + 32 * unit + 8 * quad;
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32(&of)[4] = packed[half];
+                gather(of, lane & 1, lane & 2);
+                if (row + 8 * half >= rows || column >= columns) continue;
+                const long long to = static_cast<long long>(row + 8 * half) * columns + column;
+                if (TO_CODES)
+                    *reinterpret_cast<uint2 *>(static_cast<u8 *>(out) + to) =
+                        {of[0] | of[1] << 16, of[2] | of[3] << 16};
+                else
+                    *reinterpret_cast<uint4 *>(static_cast<u16 *>(out) + to) =
+                        {of[0], of[1], of[2], of[3]};
+            }
+        }
+    }
+}

@@ -1,0 +1,364 @@
+"""Matrix products on Hopper by a kernel of CUDA C++ (`wgmma.cu`): BF16, E4M3 and INT8, any scales,
+with the feed-forward's gate inside or without.
+
+Tiles have 192 rows, three warpgroups of 64, which Triton's powers of two do not offer. The products
+of this model then come out even: 2,112 tokens are 11 tiles, 11,520 columns 60 of 192 and 3,840
+columns 24 of 160, so 132 multiprocessors take five tiles each, or two, and none waits. Inside a
+tile the tensor cores are never idle: 1,154 cycles per 128 bytes of depth, where 192 x 192 x 128
+products at 4,096 a cycle take 1,152 (H200). What a tile costs beyond is its epilogue.
+
+Exactness. INT8 sums are exact, so plain results equal the reference bit for bit; E4M3 accumulates
+as Hopper does it fast. A gate and its value are not rounded between product and gate.
+"""
+
+import ctypes
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zimage_fp8.kernels.activation import (
+    PLAIN,
+    Activation,
+    Output,
+    empty_activation,
+    encode,
+)
+from zimage_fp8.kernels.language import HAS_TRITON, multiprocessors
+from zimage_fp8.kernels.tile import Tile
+
+WGMMA_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11)
+SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may have
+K_BYTES = 128
+# Registers a thread, of 65,536: the copying warpgroup gives to the multiplying ones.
+REGISTERS = {2: (40, 232), 3: (32, 160)}
+_HEIGHTS = [64 * count for count in REGISTERS]
+# Type of sums, constraint of their registers, operand types, flags behind the operands.
+WGMMA = {
+    torch.bfloat16: ("float", "f", "k16.f32.bf16.bf16", ", 1, 1, 0, 0"),
+    torch.float8_e4m3fn: ("float", "f", "k32.f32.e4m3.e4m3", ", 1, 1"),
+    torch.int8: ("int", "r", "k32.s32.s8.s8", ""),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled: the kernel's constants. dtype is that of both operands."""
+
+    dtype: torch.dtype
+    warpgroups: int
+    n: int
+    stages: int
+    gated: bool = False
+    to_codes: bool = False
+    scaled: bool = False
+    per_token: bool = False
+    per_channel: bool = False
+
+    def __post_init__(self) -> None:
+        step = 64 if self.gated else 32  # what four lanes write together, twice with a gate
+        if self.warpgroups not in REGISTERS or self.n % step or not 0 < self.n <= 256:
+            raise ValueError(
+                f"a tile of {self.m} x {self.n}: expected {' or '.join(map(str, _HEIGHTS))} rows "
+                f"and a multiple of {step} columns up to 256"
+            )
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(
+                f"a tile of {self.m} x {self.n} in {self.stages} stages takes "
+                f"{self.shared_memory:,} bytes of {SHARED_MEMORY:,}: take fewer stages"
+            )
+
+    @property
+    def m(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def width(self) -> int:
+        """Columns that a tile writes."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes: alignment, stages with two barriers each, two rows of scales per warpgroup."""
+        stage = (self.m + self.n) * K_BYTES + 16
+        return 1024 + self.stages * stage + 2 * self.warpgroups * self.n * 4
+
+    def options(self) -> list[str]:
+        producer, consumer = REGISTERS[self.warpgroups]
+        constants = {
+            "WARPGROUPS": self.warpgroups,
+            "N": self.n,
+            "STAGES": self.stages,
+            "GATED": int(self.gated),
+            "TO_CODES": int(self.to_codes),
+            "SCALED": int(self.scaled),
+            "PER_TOKEN": int(self.per_token),
+            "PER_CHANNEL": int(self.per_channel),
+            "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+        }
+        return [
+            "--gpu-architecture=sm_90a",
+            "--std=c++17",
+            *(f"-D{name}={value}" for name, value in constants.items()),
+        ]
+
+    def header(self) -> str:
+        """`multiply`: its operands are as many registers as the tile has columns, halved."""
+        kind, constraint, types, flags = WGMMA[self.dtype]
+        count = self.n // 2
+        registers = ", ".join(f"%{i}" for i in range(count))
+        sums = ", ".join(f'"+{constraint}"(sums[{i}])' for i in range(count))
+        return f"""
+            typedef {kind} Sum;
+            #define SUM_REGISTER "{constraint}"
+            #define EXACT_SUMS {int(self.dtype == torch.int8)}
+            __device__ __forceinline__ void multiply(
+                Sum (&sums)[{count}], unsigned long long a, unsigned long long b, int adds) {{
+                asm volatile("{{\\n.reg .pred adds;\\nsetp.ne.b32 adds, %{count + 2}, 0;\\n"
+                    "wgmma.mma_async.sync.aligned.m64n{self.n}{types}"
+                    " {{{registers}}}, %{count}, %{count + 1}, adds{flags};\\n}}"
+                    : {sums} : "l"(a), "l"(b), "r"(adds));
+            }}"""
+
+
+@lru_cache
+def wgmma_refusal(device: torch.device) -> str | None:
+    """Why a device cannot run this kernel, or None."""
+    is_cuda = device.type == "cuda"
+    return needed_by_wgmma(torch.cuda.get_device_capability(device) if is_cuda else None)
+
+
+def needed_by_wgmma(capability: tuple[int, int] | None) -> str | None:
+    """What a GPU of this compute capability, or no GPU, or this installation lacks, or None."""
+    if capability != (9, 0):
+        return "it needs Hopper's wgmma (compute capability 9.0)"
+    if find_nvrtc() is None:
+        return "it needs NVRTC, which PyTorch for CUDA brings; pip install nvidia-cuda-nvrtc"
+    return None if HAS_TRITON else "it needs Triton, whose cache keeps what was compiled"
+
+
+def _check_shapes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    if dtype != torch.bfloat16 or x.dtype not in WGMMA:
+        raise ValueError(f"wgmma takes BF16 or 8-bit codes and writes BF16, not {dtype}")
+    if len(weight) % 16 or x.shape[1] * x.element_size() % 16:
+        raise ValueError(f"wgmma takes widths of a multiple of 16, not {tuple(weight.shape)}")
+
+
+def wgmma(
+    x: Activation,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x: [tokens, in]; weight: [out, in]. Returns [tokens, out] in `dtype`, BF16."""
+    _check_shapes(x.values, weight, dtype)
+    out = empty_activation(len(x.values), len(weight), PLAIN, x.values.new_empty(0, dtype=dtype))
+    _launch(x, weight, weight_scale, out, tile or WGMMA_TILE, gated=False)
+    return out.values
+
+
+def wgmma_gated(
+    x: Activation,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    out: Output,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Activation:
+    """As `gated_matmul`."""
+    _check_shapes(x.values, weight, dtype)
+    spec = out.spec
+    at_once = spec is not None and spec.is_static and spec.format == "e4m3" and not spec.rotate
+    like = x.values.new_empty(0, dtype=dtype)
+    result = empty_activation(len(x.values), len(weight) // 2, out if at_once else PLAIN, like)
+    _launch(x, weight, weight_scale, result, tile or WGMMA_TILE, gated=True)
+    return result if at_once else encode(result.values, out)
+
+
+def _launch(
+    x: Activation,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    out: Activation,
+    tile: Tile,
+    *,
+    gated: bool,
+) -> None:
+    (rows, depth), columns = x.values.shape, out.values.shape[1]
+    program = Program(
+        x.values.dtype,
+        tile.m // 64,
+        tile.n,
+        tile.stages,
+        gated,
+        to_codes=out.scale is not None,
+        scaled=weight_scale is not None,
+        per_token=x.scale is not None and x.scale.ndim > 0,
+        per_channel=weight_scale is not None and weight_scale.ndim > 0,
+    )
+    left = _tensor_map(x.values, [K_BYTES, program.m])
+    right = (
+        _tensor_map(weight.view(2, columns, depth), [K_BYTES, program.width, 2])
+        if gated
+        else _tensor_map(weight, [K_BYTES, program.n])
+    )
+    tiles = -(-rows // program.m) * -(-columns // program.width)
+    steps = -(-depth * x.values.element_size() // K_BYTES)
+    pointers = (
+        ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+        for tensor in (out.values, x.scale, weight_scale, out.scale)
+    )
+    numbers = (ctypes.c_int(value) for value in (rows, columns, steps, tile.group))
+    arguments = [left, right, *pointers, *numbers]
+    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    _check(
+        _driver().cuLaunchKernel(
+            _function(x.values.device.index, program),
+            min(tiles, multiprocessors(x.values.device)), 1, 1,
+            128 * (program.warpgroups + 1), 1, 1,
+            program.shared_memory,
+            ctypes.c_void_p(torch.cuda.current_stream(x.values.device).cuda_stream),
+            addresses,
+            None,
+        )
+    )  # fmt: skip
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+def _tensor_map(x: Tensor, box: Sequence[int]) -> _TensorMap:
+    """How the bulk copy engine reads x, as bytes, in boxes of `box` (innermost first), swizzled
+    over 128 bytes. What lies beyond an edge is read as zeros."""
+    size = x.element_size()
+    shape = [x.shape[-1] * size, *reversed(x.shape[:-1])]
+    strides = [stride * size for stride in reversed(x.stride()[:-1])]
+    rank = len(shape)
+    # The driver wants it on 64 bytes, and a copy of it is what the kernel gets.
+    memory = ctypes.create_string_buffer(ctypes.sizeof(_TensorMap) + 64)
+    place = _TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)
+    as_bytes, swizzle_128, promote_256, zeros = 0, 3, 3, 0
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            ctypes.byref(place),
+            as_bytes,
+            rank,
+            ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_uint64 * rank)(*shape),
+            (ctypes.c_uint64 * rank)(*strides),
+            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,
+            swizzle_128,
+            promote_256,
+            zeros,
+        )
+    )
+    return place
+
+
+@lru_cache
+def _function(device: int, program: Program) -> ctypes.c_void_p:
+    """The kernel, loaded into a device. Compiled once per machine, by NVRTC."""
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _check(driver.cuModuleLoadData(ctypes.byref(module), compiled(program)))
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"wgmma_kernel"))
+        dynamic_shared_memory = 8
+        _check(driver.cuFuncSetAttribute(function, dynamic_shared_memory, program.shared_memory))
+    return function
+
+
+def compiled(program: Program) -> bytes:
+    """Machine code of a program, from Triton's cache on disk where it was compiled before."""
+    from triton.runtime.cache import get_cache_manager
+
+    source = (resources.files("zimage_fp8.kernels") / "wgmma.cu").read_text()
+    header, options = program.header(), program.options()
+    everything = "\n".join([_nvrtc_version(), source, header, *options])
+    cache = get_cache_manager(hashlib.sha256(everything.encode()).hexdigest())
+    if found := cache.get_file("wgmma.cubin"):
+        return Path(found).read_bytes()
+    code = _compile(source, header, options)
+    cache.put(code, "wgmma.cubin", binary=True)
+    return code
+
+
+def _compile(source: str, header: str, options: Sequence[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    names = (ctypes.c_char_p * 1)(b"multiply.cuh")
+    headers = (ctypes.c_char_p * 1)(header.encode())
+    flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"wgmma.cu", 1, headers, names
+    )
+    if failed:
+        raise RuntimeError(f"NVRTC makes no program: error {failed}")
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), flags):
+            log = _fetched(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise RuntimeError(f"NVRTC cannot compile wgmma.cu: {log.decode(errors='replace')}")
+        return _fetched(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _fetched(
+    size_of: Callable[..., int], fetch: Callable[..., int], program: ctypes.c_void_p
+) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    fetch(program, buffer)
+    return buffer.raw
+
+
+@lru_cache
+def find_nvrtc() -> ctypes.CDLL | None:
+    """NVRTC as PyTorch's wheels bring it, of PyTorch's own major version first, or the system's."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    spec = find_spec("nvidia")  # a namespace of many wheels
+    folders = spec.submodule_search_locations if spec else None
+    found = [path for folder in folders or () for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    found.sort(key=lambda path: (path.suffix == f".{major}", path.suffix), reverse=True)
+    for name in (*map(str, found), f"libnvrtc.so.{major}"):
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    return None
+
+
+def _nvrtc() -> ctypes.CDLL:
+    library = find_nvrtc()
+    if library is None:
+        raise RuntimeError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    return library
+
+
+@lru_cache
+def _nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+@lru_cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver: {(text.value or b'').decode()} ({code})")
