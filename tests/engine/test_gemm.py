@@ -19,14 +19,15 @@ from zimage_fp8.engine.gemm import (
     kind_of,
     measured,
 )
-from zimage_fp8.kernels.activation import Activation, Output, encode_reference
+from zimage_fp8.kernels import wgmma
+from zimage_fp8.kernels.activation import Activation, Output, encode, encode_reference
 from zimage_fp8.kernels.gated_matmul import GATED_IMPLEMENTATIONS
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import Program
 from zimage_fp8.layout import ZImageConfig
-from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW
+from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW, QuantSpec
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
 
 CUDA = torch.device("cuda")
@@ -300,6 +301,29 @@ def test_one_kernel_gates_where_that_was_faster(
     rows = (400, 600, 1000, 1900, 2600, 8001)
     assert {row for row in rows if linear.gates_at_once(row)} == at_once
     choose.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [E4M3_STATIC, E4M3_ROW, INT8_ROW])
+def test_what_is_compiled_beforehand_is_what_runs(
+    monkeypatch: pytest.MonkeyPatch, spec: QuantSpec
+) -> None:
+    if reason := wgmma.needed_by_wgmma(torch.cuda.get_device_capability()):
+        pytest.skip(reason)
+    weight = torch.randn(20480, 3840, device="cuda", dtype=torch.bfloat16)
+    (scale,) = weight_scales([weight_amax(weight, spec)], spec)
+    static = torch.ones([], device="cuda") if spec.is_static else None
+    codes = quantize_weight(weight, scale, spec)
+    linear = Linear(QuantLinear(spec, codes, scale, static), torch.bfloat16)
+    x = encode(torch.randn(2112, 3840, device="cuda", dtype=torch.bfloat16), linear.reads)
+    ran: list[Program] = []
+    load = wgmma._function
+    monkeypatch.setattr(
+        wgmma, "_function", lambda device, program: ran.append(program) or load(device, program)
+    )
+    linear.gated(x, linear.reads)
+    assert ran
+    assert set(ran) <= set(linear.programs(linear.reads))
 
 
 @pytest.mark.gpu

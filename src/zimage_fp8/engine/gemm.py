@@ -5,7 +5,7 @@ default of `kernels.matmul`; what was chosen and why is in `Pipeline.describe`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -19,7 +19,7 @@ from zimage_fp8.kernels.language import multiprocessors
 from zimage_fp8.kernels.matmul import default_implementation, matmul
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import wgmma_refusal
+from zimage_fp8.kernels.wgmma import Program, encodes_at_once, program_for, wgmma_refusal
 from zimage_fp8.quant.linear import QuantLinear
 
 # A product with its gate is measured as the product's kind with this suffix, and won by one kernel
@@ -106,6 +106,20 @@ class Linear:
         found = self._choose(self.kind + GATED, rows)
         return None if found is None or found.implementation == SEPARATE else found
 
+    def programs(self, gate: Output | None = None) -> Iterator[Program]:
+        """What has to be compiled for it, other than by Triton. gate: what the feed-forward's gate
+        writes, where this product has one."""
+        for choice in self._winners(self.kind + (GATED if gate else "")):
+            if choice.implementation.startswith("wgmma") and choice.tile is not None:
+                yield program_for(
+                    self.weight,
+                    self.weight_scale,
+                    choice.tile,
+                    per_token=self.reads.spec is not None and self.reads.static_scale is None,
+                    gated=gate is not None,
+                    to_codes=gate is not None and encodes_at_once(gate),
+                )
+
     def _choose(self, kind: str, rows: int) -> Choice | None:
         """Results were measured in BF16; wider ones do not fit into the tiles that won."""
         if self.dtype != torch.bfloat16:
@@ -118,8 +132,6 @@ class Linear:
         return f"{self.kind} by {' or '.join(sorted(names)) or 'default'}"
 
     def _measured_best(self) -> set[str]:
-        if self.dtype != torch.bfloat16:
-            return set()
         gates, products = (
             {choice.implementation for choice in self._winners(kind)}
             for kind in (self.kind + GATED, self.kind)
@@ -127,6 +139,8 @@ class Linear:
         return (gates - {SEPARATE}) | (products if not gates or SEPARATE in gates else set())
 
     def _winners(self, kind: str) -> Iterable[Choice]:
+        if self.dtype != torch.bfloat16:
+            return ()
         first: dict[int, Choice] = {}
         for choice in fitting(self.weight.device, kind, *self.weight.shape):
             first.setdefault(choice.rows, choice)

@@ -16,7 +16,7 @@ On the CPU the kernels are their references: the sequence itself is tested witho
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,7 @@ from zimage_fp8.kernels.activation import Activation, encode
 from zimage_fp8.kernels.attention import Backend
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
+from zimage_fp8.kernels.wgmma import Program, compile_in_background
 from zimage_fp8.layout import PATCH, PATCH_KEY
 from zimage_fp8.model.z_image import (
     Block,
@@ -116,6 +117,14 @@ class FusedTransformer:
         self._timesteps: OrderedDict[float, Tensor] = OrderedDict()
         self._last_step: torch.cuda.Event | None = None
         self._this_step: torch.cuda.Event | None = None
+        compile_in_background(self.programs())
+
+    def programs(self) -> Iterator[Program]:
+        """What its products need besides Triton's kernels, for the sizes in the table."""
+        for block in (*self.refiner, *self.layers, *self.context):
+            for linear in (block.to_qkv, block.to_out, block.w2):
+                yield from linear.programs()
+            yield from block.w13.programs(block.w2.reads)
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU;

@@ -13,7 +13,8 @@ as Hopper does it fast. A gate and its value are not rounded between product and
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,7 @@ SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may hav
 K_BYTES = 128
 # Registers a thread, of 65,536: the copying warpgroup gives to the multiplying ones.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
+_COMPILING = threading.Lock()
 _HEIGHTS = [64 * count for count in REGISTERS]
 # Type of sums, constraint of their registers, operand types, flags behind the operands.
 WGMMA = {
@@ -176,12 +178,48 @@ def wgmma_gated(
 ) -> Activation:
     """As `gated_matmul`."""
     _check_shapes(x.values, weight, dtype)
-    spec = out.spec
-    at_once = spec is not None and spec.is_static and spec.format == "e4m3" and not spec.rotate
     like = x.values.new_empty(0, dtype=dtype)
-    result = empty_activation(len(x.values), len(weight) // 2, out if at_once else PLAIN, like)
+    written = out if encodes_at_once(out) else PLAIN
+    result = empty_activation(len(x.values), len(weight) // 2, written, like)
     _launch(x, weight, weight_scale, result, tile or WGMMA_TILE, gated=True)
-    return result if at_once else encode(result.values, out)
+    return result if written is out else encode(result.values, out)
+
+
+def encodes_at_once(out: Output) -> bool:
+    """Whether the gate's kernel writes codes: E4M3 under a scale that is known beforehand."""
+    spec = out.spec
+    return spec is not None and spec.is_static and spec.format == "e4m3" and not spec.rotate
+
+
+def program_for(
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    tile: Tile,
+    *,
+    per_token: bool,
+    gated: bool = False,
+    to_codes: bool = False,
+) -> Program:
+    return Program(
+        weight.dtype,
+        tile.m // 64,
+        tile.n,
+        tile.stages,
+        gated,
+        to_codes,
+        scaled=weight_scale is not None,
+        per_token=per_token,
+        per_channel=weight_scale is not None and weight_scale.ndim > 0,
+    )
+
+
+def compile_in_background(programs: Iterable[Program]) -> None:
+    """Fill the cache while other things are loaded: 0.7 s each where they were never compiled."""
+    wanted = list(dict.fromkeys(programs))
+    if wanted:
+        work = threading.Thread(target=lambda: [compiled(program) for program in wanted])
+        work.daemon = True  # who leaves before it is done does not wait for it
+        work.start()
 
 
 def _launch(
@@ -194,16 +232,13 @@ def _launch(
     gated: bool,
 ) -> None:
     (rows, depth), columns = x.values.shape, out.values.shape[1]
-    program = Program(
-        x.values.dtype,
-        tile.m // 64,
-        tile.n,
-        tile.stages,
-        gated,
-        to_codes=out.scale is not None,
-        scaled=weight_scale is not None,
+    program = program_for(
+        weight,
+        weight_scale,
+        tile,
         per_token=x.scale is not None and x.scale.ndim > 0,
-        per_channel=weight_scale is not None and weight_scale.ndim > 0,
+        gated=gated,
+        to_codes=out.scale is not None,
     )
     left = _tensor_map(x.values, [K_BYTES, program.m])
     right = (
@@ -287,11 +322,12 @@ def compiled(program: Program) -> bytes:
     header, options = program.header(), program.options()
     everything = "\n".join([_nvrtc_version(), source, header, *options])
     cache = get_cache_manager(hashlib.sha256(everything.encode()).hexdigest())
-    if found := cache.get_file("wgmma.cubin"):
-        return Path(found).read_bytes()
-    code = _compile(source, header, options)
-    cache.put(code, "wgmma.cubin", binary=True)
-    return code
+    with _COMPILING:  # who wants what is being compiled in the background waits for it
+        if found := cache.get_file("wgmma.cubin"):
+            return Path(found).read_bytes()
+        code = _compile(source, header, options)
+        cache.put(code, "wgmma.cubin", binary=True)
+        return code
 
 
 def _compile(source: str, header: str, options: Sequence[str]) -> bytes:
