@@ -1,19 +1,29 @@
 """The whole way from prompt to latent against diffusers' pipeline, and what is refused."""
 
+import gc
 import logging
 import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from compare import relative_error, same_bits
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.loading import load_pipeline
+from zimage_fp8.model import loading
+from zimage_fp8.model.calibration import run_calibration
+from zimage_fp8.model.loading import Parts, load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.sampling import denoise, schedule
 from zimage_fp8.model.source import NANO_FOLDER
+from zimage_fp8.model.text import TextEncoder
+from zimage_fp8.model.vae import Decoder
+from zimage_fp8.model.weights import LoadedTransformer, load_transformer
+from zimage_fp8.model.z_image import ZImageTransformer
+from zimage_fp8.quant.calibrate import Calibration
 
 SHORT = "a 3d icon of a red apple on a teal background"
 LONG = (
@@ -150,6 +160,41 @@ def test_an_unknown_model_says_what_to_give(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path))
     with pytest.raises(ModelError, match="nobody/nothing"):
         load_pipeline("nobody/nothing")
+
+
+def test_a_calibration_while_loading_leaves_nothing_behind(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text encoder and VAE go on; a second one would stay in memory beside them, since graphs
+    hold the first. Its transformer is gone before the quantized one is read."""
+    opened: list[str] = []
+    observed: list[weakref.ref[ZImageTransformer]] = []
+
+    def text(*where: Any) -> TextEncoder:
+        opened.append("text encoder")
+        return TextEncoder(*where)
+
+    def decoder(*where: Any) -> Decoder:
+        opened.append("VAE")
+        return Decoder(*where)
+
+    def calibrated(pipeline: Pipeline, *rest: Any) -> Calibration:
+        observed.append(weakref.ref(pipeline.transformer))
+        return run_calibration(pipeline, *rest)
+
+    def load(*where: Any, **how: Any) -> LoadedTransformer:
+        gc.collect()
+        assert all(transformer() is None for transformer in observed)
+        return load_transformer(*where, **how)
+
+    monkeypatch.setattr(loading, "run_calibration", calibrated)
+    monkeypatch.setattr(loading, "load_transformer", load)
+    pipeline = load_pipeline(
+        str(tiny_model), policy="full", device="cpu", parts=Parts(text, decoder)
+    )
+    assert len(observed) == 1
+    assert sorted(opened) == ["VAE", "text encoder"]
+    assert pipeline.generate(ImageRequest(SHORT, 64, 64, steps=1)).pixels.shape == (64, 64, 3)
 
 
 def test_loading_says_what_each_model_took(

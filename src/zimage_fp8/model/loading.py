@@ -42,6 +42,19 @@ class Parts:
 
 PLAIN = Parts()
 
+
+@dataclass(frozen=True)
+class Companions:
+    """What a transformer draws with, opened before."""
+
+    text: PromptEncoder
+    decoder: Decoder
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> "Companions":
+        return cls(pipeline.text, pipeline.decoder)
+
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -76,15 +89,20 @@ def load_pipeline(
             "BF16 model",
             param="calibration",
         )
+    opened = Companions.of(share) if share else None
     if must_calibrate and calibration is None:
         observed = replace(parts, denoiser=PlainDenoiser)
-        base = _assemble(model, folder, None, None, dtype, where, share, observed)
+        base = _assemble(model, folder, None, None, dtype, where, opened, observed)
         settings = CalibrationSettings.default(folder, base.default_size)
         calibration = run_calibration(base, folder, settings, on_calibration)
+        # The text encoder stays: graphs hold it, and a second one would lie beside it.
+        opened = Companions.of(base)
         del base
+        if where.type == "cuda":
+            torch.cuda.empty_cache()  # of a whole transformer in BF16
     if calibration is not None:
         check_calibration(calibration, folder)
-    return _assemble(model, folder, chosen, calibration, dtype, where, share, parts)
+    return _assemble(model, folder, chosen, calibration, dtype, where, opened, parts)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -114,13 +132,13 @@ def _assemble(
     calibration: Calibration | None,
     dtype: str,
     device: torch.device,
-    share: Pipeline | None,
+    opened: Companions | None,
     parts: Parts,
 ) -> Pipeline:
     shift = read_shift(folder)
     where = (folder, DTYPES[dtype], device)
     # The decoder first: on a GPU it rehearses while the others are read.
-    decoder = share.decoder if share else _opened("VAE", lambda: parts.decoder(*where))
+    decoder = opened.decoder if opened else _opened("VAE", lambda: parts.decoder(*where))
     # One after the other, so that what the transformer's denoiser frees is the text encoder's: side
     # by side they left holes, 0.26 GiB, for half a second less.
     with _timed("transformer"):
@@ -136,7 +154,7 @@ def _assemble(
     return Pipeline(
         display_name(model),
         loaded.model,
-        share.text if share else _opened("text encoder", lambda: parts.text(*where)),
+        opened.text if opened else _opened("text encoder", lambda: parts.text(*where)),
         decoder,
         denoiser=denoiser,
         plan=loaded.plan,
