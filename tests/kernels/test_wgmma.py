@@ -88,8 +88,10 @@ def test_it_says_what_it_needs() -> None:
     x, weight, scale = operands(4, 32, 32, "int8", vectors=True)
     with pytest.raises(ValueError, match=r"Hopper's wgmma \(compute capability 9.0\)"):
         matmul(x, weight, scale, torch.bfloat16, "wgmma")
-    with pytest.raises(ValueError, match=r"writes BF16, not torch\.float32"):
+    with pytest.raises(ValueError, match=r"writes BF16 or codes, not torch\.float32"):
         wgmma(x, weight, scale, torch.float32)
+    with pytest.raises(ValueError, match=r"on both sides, not torch\.int8 and torch\.bfloat16"):
+        wgmma(x, weight.bfloat16(), scale, torch.bfloat16)
     with pytest.raises(ValueError, match=r"a multiple of 16, not \(20, 32\)"):
         wgmma(x, weight[:20], scale[:20], torch.bfloat16)
     with pytest.raises(ValueError, match="expected one of triton-gated, wgmma-gated"):

@@ -148,8 +148,12 @@ def needed_by_wgmma(capability: tuple[int, int] | None) -> str | None:
 
 
 def _check_shapes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    if dtype != torch.bfloat16 or x.dtype not in WGMMA:
-        raise ValueError(f"wgmma takes BF16 or 8-bit codes and writes BF16, not {dtype}")
+    if x.dtype not in WGMMA or x.dtype != weight.dtype:
+        raise ValueError(
+            f"wgmma takes BF16, E4M3 or INT8 on both sides, not {x.dtype} and {weight.dtype}"
+        )
+    if dtype != torch.bfloat16:
+        raise ValueError(f"wgmma writes BF16 or codes, not {dtype}")
     if len(weight) % 16 or x.shape[1] * x.element_size() % 16:
         raise ValueError(f"wgmma takes widths of a multiple of 16, not {tuple(weight.shape)}")
 
@@ -161,7 +165,8 @@ def wgmma(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x: [tokens, in]; weight: [out, in]. Returns [tokens, out] in `dtype`, BF16."""
+    """x: [tokens, in]; weight: [out, in]. Returns [tokens, out] in `dtype`, BF16. Raises ValueError
+    for other types, widths that are no multiple of 16, and tiles that do not fit."""
     _check_shapes(x.values, weight, dtype)
     out = empty_activation(len(x.values), len(weight), PLAIN, x.values.new_empty(0, dtype=dtype))
     _launch(x, weight, weight_scale, out, tile or WGMMA_TILE, gated=False)
@@ -176,7 +181,7 @@ def wgmma_gated(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Activation:
-    """As `gated_matmul`."""
+    """As `gated_matmul`, under the conditions of `wgmma`."""
     _check_shapes(x.values, weight, dtype)
     like = x.values.new_empty(0, dtype=dtype)
     written = out if encodes_at_once(out) else PLAIN
@@ -200,6 +205,7 @@ def program_for(
     gated: bool = False,
     to_codes: bool = False,
 ) -> Program:
+    """What a product by `weight` runs. per_token: whether its input has a scale per token."""
     return Program(
         weight.dtype,
         tile.m // 64,
