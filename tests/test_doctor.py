@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zimage_fp8 import doctor, provenance
-from zimage_fp8.kernels import wgmma
+from zimage_fp8.kernels import nvrtc, wgmma
 from zimage_fp8.numerics import E4M3_STATIC
 
 
@@ -109,7 +109,7 @@ def test_every_product_says_what_it_takes_or_why_not(
 ) -> None:
     monkeypatch.setattr(doctor, "HAS_TRITON", True)
     monkeypatch.setattr(wgmma, "HAS_TRITON", True)
-    monkeypatch.setattr(wgmma, "find_nvrtc", lambda: object())
+    monkeypatch.setattr(nvrtc, "find_library", lambda: object())
     found = named(doctor.products(capability))
     assert set(found) == set(doctor.IMPLEMENTATIONS)
     assert {name for name, verdict in found.items() if verdict.is_available} == available
@@ -134,7 +134,7 @@ def test_without_triton_its_products_are_missing(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_nvrtc_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wgmma, "find_nvrtc", lambda: None)
+    monkeypatch.setattr(nvrtc, "find_library", lambda: None)
     assert "pip install nvidia-cuda-nvrtc" in named(doctor.products((9, 0)))["wgmma"].why
 
 

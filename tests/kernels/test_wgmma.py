@@ -15,8 +15,9 @@ from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul, gated_matmul_reference
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import matmul
+from zimage_fp8.kernels.nvrtc import find_library
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, compiled, find_nvrtc, wgmma
+from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, compiled, wgmma
 from zimage_fp8.numerics import E4M3_STATIC, INT8_ROW, scale_of
 
 OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -42,7 +43,7 @@ def programs() -> set[Program]:
     return found
 
 
-@pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC is not installed")
+@pytest.mark.skipif(find_library() is None, reason="NVRTC is not installed")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_every_program_compiles_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -56,7 +57,7 @@ def test_every_program_compiles_without_a_gpu(
     assert len(list(tmp_path.rglob("wgmma.cubin"))) == len(programs())
 
 
-@pytest.mark.skipif(find_nvrtc() is None, reason="NVRTC is not installed")
+@pytest.mark.skipif(find_library() is None, reason="NVRTC is not installed")
 def test_a_compiler_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(Program, "header", lambda self: "nonsense")

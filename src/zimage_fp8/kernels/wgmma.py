@@ -12,19 +12,16 @@ as Hopper does it fast. A gate and its value are not rounded between product and
 """
 
 import ctypes
-import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from zimage_fp8.kernels import nvrtc
 from zimage_fp8.kernels.activation import (
     PLAIN,
     Activation,
@@ -40,7 +37,6 @@ SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may hav
 K_BYTES = 128
 # Registers a thread, of 65,536: the copying warpgroup gives to the multiplying ones.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
-_COMPILING = threading.Lock()
 _HEIGHTS = [64 * count for count in REGISTERS]
 # Type of sums, constraint of their registers, operand types, flags behind the operands.
 WGMMA = {
@@ -142,7 +138,7 @@ def needed_by_wgmma(capability: tuple[int, int] | None) -> str | None:
     """What a GPU of this compute capability, or no GPU, or this installation lacks, or None."""
     if capability != (9, 0):
         return "it needs Hopper's wgmma (compute capability 9.0)"
-    if find_nvrtc() is None:
+    if nvrtc.find_library() is None:
         return "it needs NVRTC, which PyTorch for CUDA brings; pip install nvidia-cuda-nvrtc"
     return None if HAS_TRITON else "it needs Triton, whose cache keeps what was compiled"
 
@@ -321,77 +317,10 @@ def _function(device: int, program: Program) -> ctypes.c_void_p:
 
 
 def compiled(program: Program) -> bytes:
-    """Machine code of a program, from Triton's cache on disk where it was compiled before."""
-    from triton.runtime.cache import get_cache_manager
-
+    """Machine code of a program, from the cache on disk where it was compiled before."""
     source = (resources.files("zimage_fp8.kernels") / "wgmma.cu").read_text()
-    header, options = program.header(), program.options()
-    everything = "\n".join([_nvrtc_version(), source, header, *options])
-    cache = get_cache_manager(hashlib.sha256(everything.encode()).hexdigest())
-    with _COMPILING:  # who wants what is being compiled in the background waits for it
-        if found := cache.get_file("wgmma.cubin"):
-            return Path(found).read_bytes()
-        code = _compile(source, header, options)
-        cache.put(code, "wgmma.cubin", binary=True)
-        return code
-
-
-def _compile(source: str, header: str, options: Sequence[str]) -> bytes:
-    nvrtc = _nvrtc()
-    program = ctypes.c_void_p()
-    names = (ctypes.c_char_p * 1)(b"multiply.cuh")
-    headers = (ctypes.c_char_p * 1)(header.encode())
-    flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    failed = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.encode(), b"wgmma.cu", 1, headers, names
-    )
-    if failed:
-        raise RuntimeError(f"NVRTC makes no program: error {failed}")
-    try:
-        if nvrtc.nvrtcCompileProgram(program, len(options), flags):
-            log = _fetched(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise RuntimeError(f"NVRTC cannot compile wgmma.cu: {log.decode(errors='replace')}")
-        return _fetched(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _fetched(
-    size_of: Callable[..., int], fetch: Callable[..., int], program: ctypes.c_void_p
-) -> bytes:
-    size = ctypes.c_size_t()
-    size_of(program, ctypes.byref(size))
-    buffer = ctypes.create_string_buffer(size.value)
-    fetch(program, buffer)
-    return buffer.raw
-
-
-@lru_cache
-def find_nvrtc() -> ctypes.CDLL | None:
-    """NVRTC as PyTorch's wheels bring it, of PyTorch's own major version first, or the system's."""
-    major = (torch.version.cuda or "").partition(".")[0]
-    spec = find_spec("nvidia")  # a namespace of many wheels
-    folders = spec.submodule_search_locations if spec else None
-    found = [path for folder in folders or () for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
-    found.sort(key=lambda path: (path.suffix == f".{major}", path.suffix), reverse=True)
-    for name in (*map(str, found), f"libnvrtc.so.{major}"):
-        with suppress(OSError):
-            return ctypes.CDLL(name)
-    return None
-
-
-def _nvrtc() -> ctypes.CDLL:
-    library = find_nvrtc()
-    if library is None:
-        raise RuntimeError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
-    return library
-
-
-@lru_cache
-def _nvrtc_version() -> str:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
+    headers = {"multiply.cuh": program.header()}
+    return nvrtc.compiled("wgmma", source, headers, program.options())
 
 
 @lru_cache
