@@ -292,7 +292,7 @@ def products(capability: Capability | None) -> tuple[Verdict, ...]:
 
 
 def _takes(implementation: str, capability: Capability | None) -> Verdict:
-    if implementation == "wgmma":
+    if implementation == "wgmma" and capability is not None:
         reason = needed_by_wgmma(capability)
         return Verdict(implementation, not reason, reason or f"takes {', '.join(_operands())}")
     fp8 = gate(implementation, FP8, capability)

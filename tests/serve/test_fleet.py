@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -13,8 +14,10 @@ from live_server import live
 from zimage_fp8 import provenance
 from zimage_fp8.engine import EngineOptions
 from zimage_fp8.errors import UsageError, ZImageError
+from zimage_fp8.model.loading import Parts
+from zimage_fp8.model.text import TextEncoder
 from zimage_fp8.quantize import quantize
-from zimage_fp8.serve import ServeOptions, build_app
+from zimage_fp8.serve import ServeOptions, build_app, fleet
 from zimage_fp8.serve.budget import Available, available, check_fits
 from zimage_fp8.serve.fleet import (
     Variant,
@@ -90,6 +93,21 @@ def test_checkpoints_made_from_one_model_share_its_files(tiny_model: Path, tmp_p
     variants = [Variant("a", str(tiny_model), None), Variant("b", str(other), None)]
     loaded = load_all(variants, "bfloat16", "cpu", EngineOptions())
     assert loaded["a"].text is not loaded["b"].text
+
+
+def test_what_calibrates_goes_on_to_draw(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text encoder for the calibration and for the pictures of both policies."""
+    opened: list[str] = []
+
+    def text(*where: Any) -> TextEncoder:
+        opened.append("text encoder")
+        return TextEncoder(*where)
+
+    monkeypatch.setattr(fleet, "fast_parts", lambda *_: Parts(text=text))
+    variants = [Variant(policy, str(tiny_model), policy) for policy in ("full", "ffn-only")]
+    loaded = load_all(variants, "bfloat16", "cpu", EngineOptions())
+    assert list(loaded) == ["full", "ffn-only"]
+    assert opened == ["text encoder"]
 
 
 @pytest.mark.parametrize("policy", [None, "online_fp8", "ffn-only"])

@@ -16,7 +16,7 @@ from zimage_fp8.kernels.attention import Target, choose_backend
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.model import loading
 from zimage_fp8.model.calibration import OnForward
-from zimage_fp8.model.loading import PLAIN, Parts
+from zimage_fp8.model.loading import PLAIN, Opened, Parts
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.z_image import ZImageTransformer
 from zimage_fp8.quant.calibrate import Calibration
@@ -61,7 +61,7 @@ def load_pipeline(
     dtype: str = "bfloat16",
     device: str | None = None,
     on_calibration: OnForward | None = None,
-    share: Pipeline | None = None,
+    share: Opened | None = None,
     parts: Parts | None = None,
 ) -> Pipeline:
     """`model.loading.load_pipeline` with the engine that `options` choose.

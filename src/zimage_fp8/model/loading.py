@@ -1,5 +1,6 @@
 """From a model's name to a pipeline that runs under a policy, calibrating when it must."""
 
+import gc
 import logging
 import re
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -43,16 +44,20 @@ class Parts:
 PLAIN = Parts()
 
 
+class Opened(Protocol):
+    """What a transformer draws with, opened before: a `Pipeline` has it, and `Companions` are."""
+
+    @property
+    def text(self) -> PromptEncoder: ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+
 @dataclass(frozen=True)
 class Companions:
-    """What a transformer draws with, opened before."""
-
     text: PromptEncoder
     decoder: Decoder
-
-    @classmethod
-    def of(cls, pipeline: Pipeline) -> "Companions":
-        return cls(pipeline.text, pipeline.decoder)
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,15 +71,15 @@ def load_pipeline(
     dtype: str = "bfloat16",
     device: str | None = None,
     on_calibration: OnForward | None = None,
-    share: Pipeline | None = None,
+    share: Opened | None = None,
     parts: Parts = PLAIN,
 ) -> Pipeline:
     """Load `nano`, a local folder or a Hub id, under a policy.
 
     A policy that needs it is calibrated first on an unquantized model, with the default settings,
     unless `calibration` is given; `on_calibration(done, total)` reports every forward. device: as
-    PyTorch names it; by default CUDA where there is one. share: a pipeline whose text encoder and
-    VAE, which must be the same, are used instead of being loaded again. parts: what runs them
+    PyTorch names it; by default CUDA where there is one. share: the text encoder and VAE, which
+    must be the same, to use instead of loading them again. parts: what runs them
     (`engine.load_pipeline` chooses the fast ones). Raises UsageError, ModelError or
     CheckpointError.
     """
@@ -89,20 +94,40 @@ def load_pipeline(
             "BF16 model",
             param="calibration",
         )
-    opened = Companions.of(share) if share else None
     if must_calibrate and calibration is None:
-        observed = replace(parts, denoiser=PlainDenoiser)
-        base = _assemble(model, folder, None, None, dtype, where, opened, observed)
-        settings = CalibrationSettings.default(folder, base.default_size)
-        calibration = run_calibration(base, folder, settings, on_calibration)
-        # The text encoder stays: graphs hold it, and a second one would lie beside it.
-        opened = Companions.of(base)
-        del base
-        if where.type == "cuda":
-            torch.cuda.empty_cache()  # of a whole transformer in BF16
+        calibration, share = calibrate(
+            model, DTYPES[dtype], where, share=share, parts=parts, on_calibration=on_calibration
+        )
     if calibration is not None:
         check_calibration(calibration, folder)
-    return _assemble(model, folder, chosen, calibration, dtype, where, opened, parts)
+    return _assemble(model, folder, chosen, calibration, DTYPES[dtype], where, share, parts)
+
+
+def calibrate(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    share: Opened | None = None,
+    parts: Parts = PLAIN,
+    on_calibration: OnForward | None = None,
+) -> tuple[Calibration, Opened]:
+    """Calibrate a BF16 model with the default settings, on its plain transformer, whose memory is
+    given back.
+
+    Returns also the text encoder and VAE that drew, for the model that follows: a second text
+    encoder would lie beside the first, which graphs hold.
+    """
+    folder, observed = find_model(model), replace(parts, denoiser=PlainDenoiser)
+    base = _assemble(model, folder, None, None, dtype, device, share, observed)
+    settings = CalibrationSettings.default(folder, base.default_size)
+    calibration = run_calibration(base, folder, settings, on_calibration)
+    opened = Companions(base.text, base.decoder)
+    del base
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return calibration, opened
 
 
 def is_quantized(folder: Path) -> bool:
@@ -130,15 +155,15 @@ def _assemble(
     folder: Path,
     policy: Policy | None,
     calibration: Calibration | None,
-    dtype: str,
+    dtype: torch.dtype,
     device: torch.device,
-    opened: Companions | None,
+    share: Opened | None,
     parts: Parts,
 ) -> Pipeline:
     shift = read_shift(folder)
-    where = (folder, DTYPES[dtype], device)
+    where = (folder, dtype, device)
     # The decoder first: on a GPU it rehearses while the others are read.
-    decoder = opened.decoder if opened else _opened("VAE", lambda: parts.decoder(*where))
+    decoder = share.decoder if share else _opened("VAE", lambda: parts.decoder(*where))
     # One after the other, so that what the transformer's denoiser frees is the text encoder's: side
     # by side they left holes, 0.26 GiB, for half a second less.
     with _timed("transformer"):
@@ -146,7 +171,7 @@ def _assemble(
             folder / "transformer",
             policy=policy,
             calibration=calibration,
-            dtype=DTYPES[dtype],
+            dtype=dtype,
             device=device,
         )
         denoiser = parts.denoiser(loaded.model)
@@ -154,7 +179,7 @@ def _assemble(
     return Pipeline(
         display_name(model),
         loaded.model,
-        opened.text if opened else _opened("text encoder", lambda: parts.text(*where)),
+        share.text if share else _opened("text encoder", lambda: parts.text(*where)),
         decoder,
         denoiser=denoiser,
         plan=loaded.plan,

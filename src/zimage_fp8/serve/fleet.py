@@ -11,8 +11,14 @@ import torch
 
 from zimage_fp8.engine import EngineOptions, fast_parts
 from zimage_fp8.errors import UsageError
-from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
-from zimage_fp8.model.loading import DTYPES, find_device, is_quantized, load_pipeline
+from zimage_fp8.model.loading import (
+    DTYPES,
+    Opened,
+    calibrate,
+    find_device,
+    is_quantized,
+    load_pipeline,
+)
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.source import find_model
 from zimage_fp8.quant.calibrate import Calibration
@@ -129,11 +135,14 @@ def load_all(
     calibrations: dict[Path, Calibration] = {}
     for index, variant in enumerate(variants):
         twin = next((it for it in variants[:index] if shares_with(it.folder, variant.folder)), None)
-        share = loaded[twin.name] if twin else None
+        share: Opened | None = loaded[twin.name] if twin else None
         calibration = None
         if variant.must_calibrate:
             if variant.folder not in calibrations:
-                calibrations[variant.folder] = _calibrate(variant, dtype, device, share)
+                log.info("calibrating %s", variant.model)
+                calibrations[variant.folder], share = calibrate(
+                    variant.model, DTYPES[dtype], find_device(device), share=share, parts=parts
+                )
             calibration = calibrations[variant.folder]
         loaded[variant.name] = load_pipeline(
             variant.model,
@@ -146,15 +155,6 @@ def load_all(
         )
         log.info("loaded %s%s", variant.name, f", sharing with {twin.name}" if twin else "")
     return loaded
-
-
-def _calibrate(
-    variant: Variant, dtype: str, device: str | None, share: Pipeline | None
-) -> Calibration:
-    log.info("calibrating %s", variant.model)
-    base = load_pipeline(variant.model, dtype=dtype, device=device, share=share)
-    settings = CalibrationSettings.default(variant.folder, base.default_size)
-    return run_calibration(base, variant.folder, settings)
 
 
 def shares_with(folder: Path, other: Path) -> bool:
