@@ -38,6 +38,11 @@ class Output:
     spec: QuantSpec | None = None
     static_scale: Tensor | None = None
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether a value can be written without seeing the rest of its row."""
+        return self.spec is None or (self.spec.is_static and not self.spec.rotate)
+
 
 PLAIN = Output()
 

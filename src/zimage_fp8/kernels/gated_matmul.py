@@ -73,7 +73,7 @@ def gated_matmul_reference(
         wide = x.values.float() @ weight.float().T
     else:
         wide = scaled_mm(x.values, x.scale, weight, weight_scale, torch.float32)
-    if out.spec is not None and _is_written_at_once(out):
+    if out.spec is not None and out.is_pointwise:
         return gated_reference(wide, out)
     return encode(gated_reference(wide, PLAIN).values.to(dtype), out)
 
@@ -91,7 +91,7 @@ def gated_matmul_triton(
     tile = tile or (GATED_TILE if weight.dtype.itemsize == 1 else WIDE_INPUT_TILE)
     x_scale, w_scale = (None, None) if weight_scale is None else (x.scale, weight_scale)
     (rows, depth), hidden = x.values.shape, len(weight) // 2
-    written = out if _is_written_at_once(out) else PLAIN
+    written = out if out.is_pointwise else PLAIN
     like = torch.empty(0, dtype=dtype, device=weight.device)
     result = empty_activation(rows, hidden, written, like)
     tiles = -(-rows // tile.m) * -(-hidden // tile.n)
@@ -120,11 +120,6 @@ def gated_matmul_triton(
         num_stages=tile.stages,
     )
     return result if written is out else encode(result.values, out)
-
-
-def _is_written_at_once(out: Output) -> bool:
-    """Whether a tile can be encoded without seeing the rest of its row."""
-    return out.spec is None or (out.spec.is_static and not out.spec.rotate)
 
 
 @triton.jit

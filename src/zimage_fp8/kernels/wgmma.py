@@ -188,8 +188,7 @@ def wgmma_gated(
 
 def encodes_at_once(out: Output) -> bool:
     """Whether the gate's kernel writes codes: E4M3 under a scale that is known beforehand."""
-    spec = out.spec
-    return spec is not None and spec.is_static and spec.format == "e4m3" and not spec.rotate
+    return out.is_pointwise and out.spec is not None and out.spec.format == "e4m3"
 
 
 def program_for(
