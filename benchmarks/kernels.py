@@ -117,6 +117,8 @@ WGMMA_TILES = (
     WGMMA_TILE,
     replace(WGMMA_TILE, n=160, stages=5),
     replace(WGMMA_TILE, group=22),
+    replace(WGMMA_TILE, cluster=2),
+    replace(WGMMA_TILE, n=160, stages=5, cluster=2),
     replace(WGMMA_TILE, m=128, n=256, warps=12, group=17),  # two rounds for w2 up to 2,176 rows
 )
 FINALISTS = 3

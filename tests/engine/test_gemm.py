@@ -202,7 +202,7 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
         assert choice.tile is not None
         gated = choice.kind.endswith(GATED)
         tile = choice.tile  # which the next line would refuse
-        Program(torch.int8, tile.m // 64, tile.n, tile.stages, gated)
+        Program(torch.int8, tile.m // 64, tile.n, tile.stages, tile.cluster, gated)
     else:
         assert choice.tile is None
 

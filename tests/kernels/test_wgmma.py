@@ -3,6 +3,7 @@
 `test_matmul.py` and `test_gated_matmul.py` run it at full size beside the others.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, compiled, wgmma
 from zimage_fp8.numerics import E4M3_STATIC, INT8_ROW, scale_of
 
 OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-TILES = [WGMMA_TILE, Tile(m=192, n=160, stages=5), Tile(m=128, n=256, stages=4, group=3)]
+TILES = [
+    WGMMA_TILE,
+    Tile(m=192, n=160, stages=5),
+    Tile(m=128, n=256, stages=4, group=3),
+    replace(WGMMA_TILE, cluster=2),
+    Tile(m=192, n=160, stages=5, cluster=2),
+]
 # (tokens, columns, depth): edges in every direction, one tile, more tiles than programs.
 SHAPES = [(1, 64, 64), (37, 208, 96), (193, 400, 4000), (5000, 2000, 192)]
 
@@ -34,11 +41,11 @@ def programs() -> set[Program]:
             format, _, scales = choice.kind.removesuffix(GATED).partition("-")
             gated, vectors = choice.kind.endswith(GATED), scales == "vector"
             codes = gated and scales == "scalar"
-            shape = (choice.tile.m // 64, choice.tile.n, choice.tile.stages)
+            shape = (choice.tile.m // 64, choice.tile.n, choice.tile.stages, choice.tile.cluster)
             flags = (gated, codes, format != "bf16", vectors, vectors)
             found.add(Program(OPERANDS[format], *shape, *flags))
     for tile in TILES:
-        shape = (tile.m // 64, tile.n, tile.stages)
+        shape = (tile.m // 64, tile.n, tile.stages, tile.cluster)
         found.add(Program(torch.int8, *shape, scaled=True, per_channel=True))
     return found
 

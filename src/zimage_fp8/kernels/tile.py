@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Tile:
     """Rows, columns and depth of a tile; warps; pipeline stages; into how many column parts the
     result is stored; rows of tiles walked together for the cache's sake; persistent programs per
-    multiprocessor."""
+    multiprocessor; programs of a cluster, side by side, that share what they read of the rows."""
 
     m: int = 128
     n: int = 256
@@ -17,3 +17,4 @@ class Tile:
     parts: int = 1
     group: int = 8
     per_sm: int = 1
+    cluster: int = 1

@@ -3,7 +3,8 @@
 //
 // Persistent and warp-specialized: one thread of the last warpgroup copies tiles of both operands
 // into a ring of stages (bulk copies), the other warpgroups multiply 64 rows each (wgmma) and write
-// their results straight from registers. `wgmma.py` compiles this file, sets the constants in
+// their results straight from registers. The programs of a cluster compute tiles side by side, read
+// the same rows of `left` and load a part each for all. `wgmma.py` compiles this file, sets the constants in
 // capitals and writes `multiply`, one wgmma over 32 bytes of depth.
 
 #include "multiply.cuh"
@@ -14,6 +15,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int M = 64 * WARPGROUPS;
+constexpr int SHARED_M = M / CLUSTER;  // rows of `left` that one program loads for its cluster
 constexpr int K_BYTES = 128;  // a row of a stage, as wide as the widest swizzle
 constexpr int LEFT_BYTES = M * K_BYTES;
 constexpr int STAGE_BYTES = LEFT_BYTES + N * K_BYTES;
@@ -40,8 +42,31 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
         :: "r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void arrive(u32 barrier) {
+// At the barrier of every program in the cluster, one lane for each. What it says, that wgmma has
+// read a stage, needs no fence: `.release.cluster` would wait for all memory, 0.5 us a stage.
+__device__ __forceinline__ void arrive(u32 barrier, u32 program) {
+#if CLUSTER == 1
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+#else
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
+        :: "r"(barrier), "r"(program) : "memory");
+#endif
+}
+
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return CLUSTER == 1 ? 0 : rank;
+}
+
+__device__ __forceinline__ void meet() {
+#if CLUSTER == 1
+    __syncthreads();
+#else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void load(u32 to, const TensorMap &map, u32 barrier, int k, int row) {
@@ -49,6 +74,15 @@ __device__ __forceinline__ void load(u32 to, const TensorMap &map, u32 barrier, 
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4}], [%2];"
         :: "r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row) : "memory");
+}
+
+// Into the same place of every program in the cluster, each of whose barriers hears of it.
+__device__ __forceinline__ void load_for_all(u32 to, const TensorMap &map, u32 barrier, int k, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+        :: "r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row),
+           "h"(static_cast<u16>((1 << CLUSTER) - 1)) : "memory");
 }
 
 // The same rows of two matrices, one below the other.
@@ -113,7 +147,7 @@ __device__ __forceinline__ void gather(u32 (&of)[4], bool odd, bool upper) {
 
 // left [rows, depth], right [columns, depth], or [2, columns, depth] with a gate, of `steps` times
 // 128 bytes; out [rows, columns]. Tiles are walked `group` rows of them before the next column.
-extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
             void *out, const float *x_scale, const float *weight_scale, const float *out_scale,
             int rows, int columns, int steps, int group) {
@@ -123,16 +157,18 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
     const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
     float *scales = reinterpret_cast<float *>(memory + (empty + 8 * STAGES - start));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tiles_m = (rows + M - 1) / M, tiles_n = (columns + WIDTH - 1) / WIDTH;
+    const int rank = rank_in_cluster();
+    const int tiles_m = (rows + M - 1) / M;
+    const int tiles_n = (columns + WIDTH * CLUSTER - 1) / (WIDTH * CLUSTER);  // of a cluster
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             init(full + 8 * i, 1);
-            init(empty + 8 * i, 4 * WARPGROUPS);  // each warp: its wgmma is done with the stage
+            init(empty + 8 * i, 4 * WARPGROUPS * CLUSTER);  // each warp: its wgmma is done
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncthreads();
+    meet();
 
     int stage = 0;
     u32 parity = 0;
@@ -146,23 +182,29 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
         const int first = tile / (group * tiles_n) * group, within = tile % (group * tiles_n);
         const int height = min(tiles_m - first, group);
         m = (first + within % height) * M;
-        n = within / height * WIDTH;
+        n = (within / height * CLUSTER + rank) * WIDTH;
     };
+
+    const int first_tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
 
     if (warp >= 4 * WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(PRODUCER_REGISTERS));
-        if (warp > 4 * WARPGROUPS || lane) return;
-        for (int tile = blockIdx.x; tile < tiles_m * tiles_n; tile += gridDim.x) {
-            int m, n;
-            place(tile, m, n);
-            for (int k = 0; k < steps; ++k, advance()) {
-                const u32 at = stages + stage * STAGE_BYTES, ready = full + 8 * stage;
-                wait(empty + 8 * stage, parity ^ 1);
-                expect(ready, STAGE_BYTES);
-                load(at, left, ready, k * K_BYTES, m);
-                (GATED ? load_both : load)(at + LEFT_BYTES, right, ready, k * K_BYTES, n);
+        if (warp == 4 * WARPGROUPS && lane == 0) {
+            for (int tile = first_tile; tile < tiles_m * tiles_n; tile += stride) {
+                int m, n;
+                place(tile, m, n);
+                for (int k = 0; k < steps; ++k, advance()) {
+                    const u32 at = stages + stage * STAGE_BYTES, ready = full + 8 * stage;
+                    wait(empty + 8 * stage, parity ^ 1);
+                    expect(ready, STAGE_BYTES);
+                    (CLUSTER > 1 ? load_for_all : load)(
+                        at + rank * SHARED_M * K_BYTES, left, ready, k * K_BYTES, m + rank * SHARED_M);
+                    (GATED ? load_both : load)(at + LEFT_BYTES, right, ready, k * K_BYTES, n);
+                }
             }
         }
+        __syncwarp();
+        if (CLUSTER > 1) meet();  // none leaves while another may write to it
         return;
     }
 
@@ -176,7 +218,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
         inverse = __frcp_rn(scale);
     }
     Sum sums[N / 2];
-    for (int tile = blockIdx.x, turn = 0; tile < tiles_m * tiles_n; tile += gridDim.x, ++turn) {
+    for (int tile = first_tile, turn = 0; tile < tiles_m * tiles_n; tile += stride, ++turn) {
         int m, n;
         place(tile, m, n);
         const int row = m + warp * 16 + lane / 4;
@@ -205,12 +247,12 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             if (k) {  // one step multiplies while the stage of the one before is given back
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (!lane) arrive(empty + 8 * before);
+                if (lane < CLUSTER) arrive(empty + 8 * before, lane);
             }
             before = stage;
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (!lane) arrive(empty + 8 * before);
+        if (lane < CLUSTER) arrive(empty + 8 * before, lane);
         #pragma unroll
         for (int i = 0; i < N / 2; ++i) asm volatile("" : "+" SUM_REGISTER (sums[i]) :: "memory");
         if (PER_CHANNEL) {
@@ -273,4 +315,6 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             }
         }
     }
+    __syncwarp();
+    if (CLUSTER > 1) meet();
 }

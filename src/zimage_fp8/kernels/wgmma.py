@@ -54,6 +54,7 @@ class Program:
     warpgroups: int
     n: int
     stages: int
+    cluster: int = 1
     gated: bool = False
     to_codes: bool = False
     scaled: bool = False
@@ -94,6 +95,7 @@ class Program:
             "WARPGROUPS": self.warpgroups,
             "N": self.n,
             "STAGES": self.stages,
+            "CLUSTER": self.cluster,
             "GATED": int(self.gated),
             "TO_CODES": int(self.to_codes),
             "SCALED": int(self.scaled),
@@ -206,6 +208,7 @@ def program_for(
         tile.m // 64,
         tile.n,
         tile.stages,
+        tile.cluster,
         gated,
         to_codes,
         scaled=weight_scale is not None,
@@ -241,13 +244,14 @@ def _launch(
         gated=gated,
         to_codes=out.scale is not None,
     )
-    left = _tensor_map(x.values, [K_BYTES, program.m])
+    left = _tensor_map(x.values, [K_BYTES, program.m // program.cluster])
     right = (
         _tensor_map(weight.view(2, columns, depth), [K_BYTES, program.width, 2])
         if gated
         else _tensor_map(weight, [K_BYTES, program.n])
     )
-    tiles = -(-rows // program.m) * -(-columns // program.width)
+    clusters = -(-rows // program.m) * -(-columns // (program.width * program.cluster))
+    at_once = multiprocessors(x.values.device) // program.cluster
     steps = -(-depth * x.values.element_size() // K_BYTES)
     pointers = (
         ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
@@ -259,7 +263,7 @@ def _launch(
     _check(
         _driver().cuLaunchKernel(
             _function(x.values.device.index, program),
-            min(tiles, multiprocessors(x.values.device)), 1, 1,
+            min(clusters, at_once) * program.cluster, 1, 1,
             128 * (program.warpgroups + 1), 1, 1,
             program.shared_memory,
             ctypes.c_void_p(torch.cuda.current_stream(x.values.device).cuda_stream),
