@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zimage_fp8 import doctor, provenance
-from zimage_fp8.kernels import nvrtc, wgmma
+from zimage_fp8.kernels import hopper, nvrtc
 from zimage_fp8.numerics import E4M3_STATIC
 
 
@@ -51,6 +51,7 @@ def test_a_failing_product_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
 
 EVERYWHERE = {"sdpa", "math"}
 FROM_AMPERE = EVERYWHERE | {"cudnn", "flash2", "sage"}
+HOPPERS_OWN = {"hopper", "fa3", "fa3-fp8"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ FROM_AMPERE = EVERYWHERE | {"cudnn", "flash2", "sage"}
         ((8, 0), {"BF16", "INT8", "fused"}, FROM_AMPERE),
         ((8, 6), {"BF16", "INT8", "fused"}, FROM_AMPERE),
         ((8, 9), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # Ada
-        ((9, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE | {"fa3", "fa3-fp8"}),  # Hopper
+        ((9, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE | HOPPERS_OWN),
         ((10, 0), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # Blackwell
         ((12, 1), {"BF16", "INT8", "fused", "FP8"}, FROM_AMPERE),  # GB10
     ],
@@ -74,6 +75,8 @@ def test_what_runs_on_a_gpu_follows_its_capability(
     """As on a machine with every package, where all that is tried succeeds."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(nvrtc, "find_library", lambda: object())
+    monkeypatch.setattr(hopper, "HAS_TRITON", True)
     monkeypatch.setattr(doctor, "HAS_TRITON", True)
     monkeypatch.setattr(doctor, "try_product", lambda name, *_: doctor.Verdict(name, True, "tried"))
     monkeypatch.setattr(doctor, "try_attention", lambda *_: None)
@@ -108,7 +111,7 @@ def test_every_product_says_what_it_takes_or_why_not(
     monkeypatch: pytest.MonkeyPatch, capability: doctor.Capability | None, available: set[str]
 ) -> None:
     monkeypatch.setattr(doctor, "HAS_TRITON", True)
-    monkeypatch.setattr(wgmma, "HAS_TRITON", True)
+    monkeypatch.setattr(hopper, "HAS_TRITON", True)
     monkeypatch.setattr(nvrtc, "find_library", lambda: object())
     found = named(doctor.products(capability))
     assert set(found) == set(doctor.IMPLEMENTATIONS)
@@ -125,7 +128,7 @@ def test_every_product_says_what_it_takes_or_why_not(
 
 def test_without_triton_its_products_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HAS_TRITON", False)
-    monkeypatch.setattr(wgmma, "HAS_TRITON", False)
+    monkeypatch.setattr(hopper, "HAS_TRITON", False)
     found = named(doctor.products((9, 0)))
     assert not found["wgmma"].is_available
     assert "pip install triton" in found["triton"].why
@@ -141,8 +144,10 @@ def test_without_nvrtc_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(nvrtc, "find_library", lambda: None)
     monkeypatch.setattr(doctor, "try_attention", lambda *_: None)
     attention = named(doctor.attention((9, 0)))
+    assert "pip install nvidia-cuda-nvrtc" in attention["hopper"].why
     assert attention["fa3"].why == "the package fa3-fwd is missing"
     assert attention["cudnn"].why.endswith("auto takes it")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from zimage_fp8.kernels.activation import Activation
 from zimage_fp8.kernels.attention import BACKENDS, Backend, Target, choose_backend
+from zimage_fp8.kernels.hopper import needs_hopper
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, default_implementation, matmul, refusal
 from zimage_fp8.kernels.scaled_mm import scaled_mm_reference
-from zimage_fp8.kernels.wgmma import needed_by_wgmma
 from zimage_fp8.numerics import (
     DTYPE,
     E4M3_ROW,
@@ -293,7 +293,7 @@ def products(capability: Capability | None) -> tuple[Verdict, ...]:
 
 def _takes(implementation: str, capability: Capability | None) -> Verdict:
     if implementation == "wgmma" and capability is not None:
-        reason = needed_by_wgmma(capability)
+        reason = needs_hopper(capability)
         return Verdict(implementation, not reason, reason or f"takes {', '.join(_operands())}")
     fp8 = gate(implementation, FP8, capability)
     if implementation != "reference":

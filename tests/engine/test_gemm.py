@@ -19,7 +19,7 @@ from zimage_fp8.engine.gemm import (
     kind_of,
     measured,
 )
-from zimage_fp8.kernels import wgmma
+from zimage_fp8.kernels import hopper
 from zimage_fp8.kernels.activation import Activation, Output, encode, encode_reference
 from zimage_fp8.kernels.gated_matmul import GATED_IMPLEMENTATIONS
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS
@@ -132,13 +132,33 @@ def test_time_comes_in_rounds(choice: Choice, rows: int, us: float) -> None:
     assert choice.expected_us(rows, 132) == pytest.approx(us)
 
 
+# A cluster of two on 132 multiprocessors has 66 places. 3,840 columns are 15 tiles of 256, but 8
+# pairs: of 136 at 2,112 rows, a third round for four. 24 tiles of 160 are 12 pairs, 132 in two.
+@pytest.mark.parametrize(
+    ("tile", "rows", "alone", "paired"),
+    [
+        (Tile(m=128, n=256), 2112, 2, 3),
+        (Tile(m=128, n=256), 2048, 2, 2),
+        (Tile(m=128, n=256), 4160, 4, 4),  # 33 x 8 pairs are four rounds without a rest
+        (Tile(m=192, n=160), 2112, 2, 2),
+        (Tile(m=192, n=160), 2144, 3, 3),
+    ],
+)
+def test_a_cluster_takes_its_places_at_once(tile: Tile, rows: int, alone: int, paired: int) -> None:
+    """Measured at 128 rows, where either needs one round, it takes as long as it has rounds."""
+    choice = Choice("H", (9, 0), "int8-vector", 128, 3840, 64, "wgmma", tile, 1.0)
+    assert choice.expected_us(rows, 132) == alone
+    pairs = replace(choice, tile=replace(tile, cluster=2))
+    assert pairs.expected_us(rows, 132) == paired
+
+
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
     ("rows", "low_us", "found"),
     [
         (2112, 110.0, TALL),
         (2144, 110.0, LOW),
-        (2144, 145.0, TALL),  # 3 % faster: no more than two measurements differ
+        (2144, 147.0, TALL),  # 3 % faster: no more than two measurements differ
         (2112, 97.0, TALL),
         (2112, 90.0, LOW),
     ],
@@ -147,7 +167,7 @@ def test_tiles_that_do_not_fit_give_way(
     monkeypatch: pytest.MonkeyPatch, rows: int, low_us: float, found: Choice
 ) -> None:
     monkeypatch.setattr(gemm, "measured", lambda: (TALL, replace(LOW, us=low_us)))
-    monkeypatch.setattr(gemm, "wgmma_refusal", lambda _: None)
+    monkeypatch.setattr(gemm, "hopper_refusal", lambda _: None)
     choice = choose(CUDA, "int8-vector", rows, 3840, 64)
     assert choice is not None
     assert choice.implementation == found.implementation
@@ -156,7 +176,7 @@ def test_tiles_that_do_not_fit_give_way(
 @pytest.mark.usefixtures("table")
 def test_what_cannot_run_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "measured", lambda: (TALL, LOW))
-    monkeypatch.setattr(gemm, "wgmma_refusal", lambda _: "it needs NVRTC")
+    monkeypatch.setattr(gemm, "hopper_refusal", lambda _: "it needs NVRTC")
     choice = choose(CUDA, "int8-vector", 2112, 3840, 64)
     assert choice == LOW
 
@@ -308,7 +328,7 @@ def test_one_kernel_gates_where_that_was_faster(
 def test_what_is_compiled_beforehand_is_what_runs(
     monkeypatch: pytest.MonkeyPatch, spec: QuantSpec
 ) -> None:
-    if reason := wgmma.needed_by_wgmma(torch.cuda.get_device_capability()):
+    if reason := hopper.needs_hopper(torch.cuda.get_device_capability()):
         pytest.skip(reason)
     weight = torch.randn(20480, 3840, device="cuda", dtype=torch.bfloat16)
     (scale,) = weight_scales([weight_amax(weight, spec)], spec)
@@ -317,9 +337,9 @@ def test_what_is_compiled_beforehand_is_what_runs(
     linear = Linear(QuantLinear(spec, codes, scale, static), torch.bfloat16)
     x = encode(torch.randn(2112, 3840, device="cuda", dtype=torch.bfloat16), linear.reads)
     ran: list[Program] = []
-    load = wgmma._function
+    load = hopper._function
     monkeypatch.setattr(
-        wgmma, "_function", lambda device, program: ran.append(program) or load(device, program)
+        hopper, "_function", lambda device, program: ran.append(program) or load(device, program)
     )
     linear.gated(x, linear.reads)
     assert ran

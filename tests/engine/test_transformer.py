@@ -12,7 +12,9 @@ from compare import same_bits, sqnr_db
 from zimage_fp8.engine.gemm import GATED, Choice, Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
+from zimage_fp8.kernels.activation import Activation, Output, encode
 from zimage_fp8.kernels.attention import BACKENDS, Target, attention
+from zimage_fp8.kernels.hopper_attention import AttentionProgram
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import WGMMA_TILE
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
@@ -20,6 +22,7 @@ from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.sampling import transformer_time
 from zimage_fp8.model.source import find_model
+from zimage_fp8.model.z_image import ZImageConfig, ZImageTransformer
 from zimage_fp8.numerics import dequantize
 from zimage_fp8.quant.calibrate import Calibration
 
@@ -217,6 +220,54 @@ def test_nano_with_attention_in_e4m3(policy: str) -> None:
         pytest.skip(reason)
     pipeline = load("nano", policy, "bfloat16", "cuda")
     assert 20 < agreement_db(pipeline, "fa3-fp8") < 45
+
+
+@pytest.mark.parametrize("policy", ["bf16_base", "online_fp8", "int8-rot"])
+def test_attention_may_write_what_its_layer_reads(tiny_model: Path, policy: str) -> None:
+    asked: list[Output] = []
+
+    def write(q: Tensor, k: Tensor, v: Tensor, out: Output) -> Activation:
+        asked.append(out)
+        return encode(attention(q, k, v).flatten(0, 1), out)
+
+    pipeline = load(tiny_model, policy, "float32", "cpu")
+    backend = replace(
+        BACKENDS["sdpa"], write=write, programs=lambda out: [AttentionProgram(out is not None)]
+    )
+    latent, t = inputs(pipeline, batch=2), torch.tensor([0.1, 0.9])
+    with torch.inference_mode():
+        refined = pipeline.transformer.refine_caption(*caption(pipeline))
+        expected = fused(pipeline).forward(latent, t, refined)
+        engine = FusedTransformer(pipeline.transformer, backend, GraphCache(pipeline.device))
+        same_bits(engine.forward(latent, t, refined), expected)
+    blocks = [*engine.refiner, *engine.layers]
+    assert asked == [block.to_out.reads for block in blocks]
+    assert AttentionProgram(True) in set(engine.programs())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_sequence_with_our_own_attention(batch: int) -> None:
+    """Heads of 128 channels, which no small model of ours has."""
+    if reason := BACKENDS["hopper"].refusal(Target(torch.device("cuda", 0), torch.bfloat16, 128)):
+        pytest.skip(reason)
+    config = ZImageConfig(
+        dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=64, axes_dims=(32, 48, 48)
+    )
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = ZImageTransformer(config).bfloat16().eval()
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, std=1.0 if "norm" in name else 0.05)
+        latent = torch.randn(batch, config.in_channels, 32, 48)
+        given = torch.randn(1, 64, 64).bfloat16(), torch.arange(64)[None] > 50
+    t = torch.linspace(0.2, 0.8, batch)
+    results = []
+    with torch.inference_mode():
+        for name in ("math", "hopper"):
+            engine = FusedTransformer(model, BACKENDS[name], GraphCache(latent.device))
+            results.append(engine.forward(latent, t, engine.refine_caption(*given)))
+    assert sqnr_db(results[1], results[0]) > 35
 
 
 @pytest.mark.gpu

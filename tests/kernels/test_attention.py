@@ -1,5 +1,6 @@
 """Choosing an attention backend: aliases, reasons, and that all of them compute the same."""
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -21,6 +22,7 @@ from zimage_fp8.kernels.attention import (
 )
 from zimage_fp8.numerics import dequantize, quantize, scale_of
 
+MODULE = importlib.import_module("zimage_fp8.kernels.attention")  # a function has its name too
 CPU = Target(torch.device("cpu"), torch.bfloat16, 128)
 GPU = Target(torch.device("cuda"), torch.bfloat16, 128)
 
@@ -33,18 +35,21 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         found = {name: object() for name in packages}
         monkeypatch.setattr(importlib.util, "find_spec", found.get)
+        lacks = None if NVRTC in packages else "it needs NVRTC"
+        monkeypatch.setattr(MODULE, "needs_hopper", lambda _: lacks)
 
     return pretend
 
 
-FA3, SAGE = "fa3_fwd", "sageattention"
+FA3, SAGE, NVRTC = "fa3_fwd", "sageattention", "nvrtc"
 
 
 @pytest.mark.parametrize(
     ("capability", "packages", "taken", "refused"),
     [
-        ((9, 0), (FA3,), "fa3", []),
-        ((9, 0), (), "cudnn", ["fa3: the package fa3-fwd is missing"]),
+        ((9, 0), (FA3, NVRTC), "hopper", []),
+        ((9, 0), (FA3,), "fa3", ["hopper: it needs NVRTC"]),
+        ((9, 0), (), "cudnn", ["hopper: it needs NVRTC", "fa3: the package fa3-fwd is missing"]),
         (
             (8, 0),
             (FA3,),
@@ -74,9 +79,9 @@ def test_auto_on_the_cpu_is_pytorchs_own() -> None:
 
 
 def test_auto_never_takes_what_is_lossy(machine) -> None:
-    machine((9, 0), FA3, SAGE)
-    assert "sage" not in AUTO
-    assert choose_backend("auto", GPU)[0].name == "fa3"
+    machine((9, 0), SAGE)
+    assert not {"sage", "fa3-fp8"} & set(AUTO)
+    assert choose_backend("auto", GPU)[0].name == "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,8 @@ def test_names_of_vllm_omni_and_ours_in_any_case(
         ("fa3", (8, 9), (FA3,), "9.0 and below 10.0, this GPU has 8.9"),
         ("fa3", (12, 1), (FA3,), "9.0 and below 10.0, this GPU has 12.1"),
         ("fa3", (9, 0), (), "the package fa3-fwd is missing"),
+        ("hopper", (9, 0), (), "hopper: it needs NVRTC"),
+        ("hopper", (8, 9), (NVRTC,), "9.0 and below 10.0, this GPU has 8.9"),
         ("sage", (9, 0), (), "the package sageattention is missing"),
         ("SAGE_ATTN", (7, 5), (SAGE,), "sage: it needs compute capability 8.0, this GPU has 7.5"),
         ("FLASH_ATTN", (7, 5), (FA3,), "flash2: it needs compute capability 8.0"),
@@ -122,7 +129,9 @@ def test_a_choice_that_cannot_run_is_an_error_with_its_reason(
     assert "doctor" in str(raised.value.hint)
 
 
-@pytest.mark.parametrize("name", ["fa3", "cudnn", "flash2", "sage", "FLASH_ATTN", "SAGE_ATTN"])
+@pytest.mark.parametrize(
+    "name", ["hopper", "fa3", "cudnn", "flash2", "sage", "FLASH_ATTN", "SAGE_ATTN"]
+)
 def test_on_the_cpu_a_gpus_kernels_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="it needs a CUDA device"):
         choose_backend(name, CPU)
@@ -136,9 +145,10 @@ def test_an_unknown_name_lists_all_that_are_known(name: str) -> None:
 
 
 def test_16_bits_and_head_dims_are_needed_where_stated(machine) -> None:
-    machine((9, 0), FA3, SAGE)
+    machine((9, 0), FA3, SAGE, NVRTC)
     wide = refusals(Target(torch.device("cuda"), torch.float32, 128))
     assert {name for name, reason in wide.items() if reason} == {
+        "hopper",
         "fa3",
         "fa3-fp8",
         "cudnn",
@@ -148,7 +158,11 @@ def test_16_bits_and_head_dims_are_needed_where_stated(machine) -> None:
     assert wide["fa3"] == "it takes 16-bit values, not float32"
     odd = refusals(Target(torch.device("cuda"), torch.bfloat16, 80))
     assert odd["fa3"] == "it takes heads of 64 or 128, not 80"
+    assert odd["hopper"] == "it takes heads of 128, not 80"
     assert odd["sdpa"] is odd["math"] is None
+    half = refusals(Target(torch.device("cuda"), torch.float16, 128))
+    assert half["hopper"] == "it takes BF16, not float16"
+    assert half["fa3"] is None
 
 
 def test_every_alias_and_every_automatic_choice_is_in_the_table() -> None:

@@ -14,11 +14,12 @@ from operands import operands
 from zimage_fp8.engine.gemm import GATED, measured
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul, gated_matmul_reference
+from zimage_fp8.kernels.hopper import compiled
 from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import matmul
 from zimage_fp8.kernels.nvrtc import find_library
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, compiled, wgmma
+from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, wgmma
 from zimage_fp8.numerics import E4M3_STATIC, INT8_ROW, scale_of
 
 OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}

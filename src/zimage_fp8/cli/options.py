@@ -52,8 +52,8 @@ EngineName = Annotated[
 AttentionBackend = Annotated[
     str,
     typer.Option(
-        help="auto, sdpa, math, fa3, fa3-fp8, cudnn, flash2, sage; or TORCH_SDPA, FLASH_ATTN, "
-        "SAGE_ATTN.",
+        help="auto, sdpa, math, hopper, fa3, fa3-fp8, cudnn, flash2, sage; or TORCH_SDPA, "
+        "FLASH_ATTN, SAGE_ATTN.",
         envvar="DIFFUSION_ATTENTION_BACKEND",
     ),
 ]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul
+from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.language import multiprocessors
 from zimage_fp8.kernels.matmul import default_implementation, matmul
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import Program, encodes_at_once, program_for, wgmma_refusal
+from zimage_fp8.kernels.wgmma import Program, program_for
 from zimage_fp8.quant.linear import QuantLinear
 
 # A product with its gate is measured as the product's kind with this suffix, and won by one kernel
@@ -30,7 +31,7 @@ SEPARATE = "separate"
 
 # A later choice of the same rows must be expected to be this much faster: measured twice, products
 # differ by up to 3 %.
-MARGIN = 0.95
+MARGIN = 0.97
 CUBLAS_TILE = Tile(m=128, n=256)  # what it takes for most of these shapes
 
 
@@ -51,13 +52,15 @@ class Choice:
 
     def expected_us(self, rows: int, multiprocessors: int) -> float:
         """What it takes for other rows: as much longer as it needs more rounds, in each of which
-        every multiprocessor computes a tile, or two where two programs share it."""
+        every multiprocessor computes a tile, or two where two programs share it. The tiles of a
+        cluster lie side by side and are computed together."""
         tile = self.tile or CUBLAS_TILE
         width = tile.n * 2 if self.implementation == "triton-gated" else tile.n
-        programs = tile.per_sm * multiprocessors
+        width *= tile.cluster
+        at_once = multiprocessors // tile.cluster * tile.per_sm
 
         def rounds(rows: int) -> int:
-            return -(-(-(-rows // tile.m) * -(-self.columns // width)) // programs)
+            return -(-(-(-rows // tile.m) * -(-self.columns // width)) // at_once)
 
         return self.us * rounds(rows) / rounds(self.rows)
 
@@ -117,7 +120,7 @@ class Linear:
                     choice.tile,
                     per_token=self.reads.spec is not None and self.reads.static_scale is None,
                     gated=gate is not None,
-                    to_codes=gate is not None and encodes_at_once(gate),
+                    to_codes=gate is not None and gate.is_static_e4m3,
                 )
 
     def _choose(self, kind: str, rows: int) -> Choice | None:
@@ -182,7 +185,7 @@ def fitting(device: torch.device, kind: str, columns: int, depth: int) -> list[C
     wanted = (torch.cuda.get_device_capability(device), kind, columns, depth)
     found: dict[str, list[Choice]] = {}
     for choice in measured():
-        if choice.implementation.startswith("wgmma") and wgmma_refusal(device):
+        if choice.implementation.startswith("wgmma") and hopper_refusal(device):
             continue  # `doctor` says why
         if (choice.capability, choice.kind, choice.columns, choice.depth) == wanted:
             found.setdefault(choice.gpu, []).append(choice)

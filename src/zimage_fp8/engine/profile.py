@@ -38,7 +38,7 @@ GAPS, OTHER = "gaps", "other"
 GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (group, re.compile(pattern, re.IGNORECASE))
     for group, pattern in (
-        (ATTENTION, r"flash|fmha|sdpa|scaled_dot_product|_attn_|sage"),
+        (ATTENTION, r"hopper_attention|flash|fmha|sdpa|scaled_dot_product|_attn_|sage"),
         (GEMM, r"^(_tma|_gated_tma|_pointer|wgmma)_kernel$"),
         ("", r"^_\w+_kernel$"),
         (CONVOLUTION, r"conv(?!ert)|fprop|dgrad|cudnn"),

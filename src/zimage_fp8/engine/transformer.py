@@ -28,9 +28,9 @@ from zimage_fp8.engine.gemm import Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.kernels.activation import Activation, encode
 from zimage_fp8.kernels.attention import Backend
+from zimage_fp8.kernels.hopper import Program, compile_in_background
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
-from zimage_fp8.kernels.wgmma import Program, compile_in_background
 from zimage_fp8.layout import PATCH, PATCH_KEY
 from zimage_fp8.model.z_image import (
     Block,
@@ -125,6 +125,7 @@ class FusedTransformer:
             for linear in (block.to_qkv, block.to_out, block.w2):
                 yield from linear.programs()
             yield from block.w13.programs(block.w2.reads)
+            yield from self.attention.programs(block.to_out.reads)
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU;
@@ -273,6 +274,8 @@ class FusedTransformer:
     ) -> Tensor:
         qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
         heads = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5, scale)
+        if self.attention.write is not None:
+            return block.to_out(self.attention.write(*heads, block.to_out.reads))
         run, run_codes = self.attention.run, self.attention.run_codes
         mixed = run_codes(*heads, scale) if run_codes and scale is not None else run(*heads)
         return block.to_out(encode(mixed.flatten(0, 1), block.to_out.reads))

@@ -43,6 +43,11 @@ class Output:
         """Whether a value can be written without seeing the rest of its row."""
         return self.spec is None or (self.spec.is_static and not self.spec.rotate)
 
+    @property
+    def is_static_e4m3(self) -> bool:
+        """Whether a kernel in CUDA C++ writes the codes itself."""
+        return self.is_pointwise and self.spec is not None and self.spec.format == "e4m3"
+
 
 PLAIN = Output()
 

@@ -6,7 +6,7 @@ may take another, saying why.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage_fp8.errors import UsageError
+from zimage_fp8.kernels.activation import Activation, Output
+from zimage_fp8.kernels.hopper import Program, needs_hopper
+from zimage_fp8.kernels.hopper_attention import HEAD_DIM, hopper_attention, programs
 
 SAGE_TILE = 64
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 RunCodes = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Write = Callable[[Tensor, Tensor, Tensor, Output], Activation]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,13 +55,16 @@ class Target:
 class Backend:
     """run: as `attention`. refusal: why it cannot run on a target, or None. run_codes: the same on
     E4M3 codes and their scale, fp32 [3, batch, heads], for backends that compute on those where
-    they can be had."""
+    they can be had. write: the same as `run`, written as the next layer reads it, for backends that
+    can; programs: what has to be compiled for that."""
 
     name: str
     summary: str
     run: Run
     refusal: Callable[[Target], str | None]
     run_codes: RunCodes | None = None
+    write: Write | None = None
+    programs: Callable[[Output], Iterable[Program]] = lambda _: ()
 
 
 def choose_backend(name: str, target: Target) -> tuple[Backend, list[str]]:
@@ -94,6 +101,10 @@ def refusals(target: Target) -> dict[str, str | None]:
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return attention(q, k, v)
+
+
+def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return hopper_attention(q, k, v).values.reshape(*q.shape[:2], -1)
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -152,6 +163,14 @@ def _needs(
     return None
 
 
+def _no_hopper(target: Target) -> str | None:
+    if reason := _needs(target, capability=(9, 0), below=(10, 0), head_dims=(HEAD_DIM,)):
+        return reason
+    if target.dtype != torch.bfloat16:
+        return "it takes BF16, not float16"
+    return needs_hopper(target.capability)
+
+
 _no_fa3 = partial(
     _needs,
     capability=(9, 0),
@@ -164,6 +183,14 @@ _TABLE = (
     Backend("sdpa", "PyTorch chooses", attention, _anywhere),
     Backend(
         "math", "plain matrix products and a softmax", partial(_sdpa, SDPBackend.MATH), _anywhere
+    ),
+    Backend(
+        "hopper",
+        "a kernel of our own",
+        _hopper,
+        _no_hopper,
+        write=hopper_attention,
+        programs=programs,
     ),
     Backend(
         "fa3",
@@ -199,9 +226,10 @@ _TABLE = (
 )
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _TABLE}
 
-# The fastest first, lossy ones never: on an H100 at 2,112 tokens 108 us for FlashAttention-3, 131
-# for cuDNN, 212 for FlashAttention-2.
-AUTO = ("fa3", "cudnn", "flash2", "sdpa")
+# The fastest first, lossy ones never. An H200 at 4,160 tokens: 407 us for our own, 424 for
+# FlashAttention-3, 510 for cuDNN; at 2,112 tokens 116, 113 and 137, but only our own writes codes.
+# FlashAttention-2 took 212 where FlashAttention-3 took 108.
+AUTO = ("hopper", "fa3", "cudnn", "flash2", "sdpa")
 
 # What vLLM-Omni's DIFFUSION_ATTENTION_BACKEND calls them.
 ALIASES = {

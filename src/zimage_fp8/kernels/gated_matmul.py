@@ -21,12 +21,13 @@ from zimage_fp8.kernels.activation import (
     empty_activation,
     encode,
 )
+from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.matmul import has_tma, place
 from zimage_fp8.kernels.scaled_mm import scaled_mm
 from zimage_fp8.kernels.swiglu import gated_reference
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import wgmma_gated, wgmma_refusal
+from zimage_fp8.kernels.wgmma import wgmma_gated
 from zimage_fp8.numerics import QMAX
 
 GATED_IMPLEMENTATIONS = ("triton-gated", "wgmma-gated")
@@ -58,7 +59,7 @@ def gated_matmul(
     if not runs_triton(weight):
         return gated_matmul_reference(x, weight, weight_scale, out, dtype)
     if implementation == "wgmma-gated":
-        if reason := wgmma_refusal(weight.device):
+        if reason := hopper_refusal(weight.device):
             raise ValueError(f"gated product {implementation!r} cannot run this: {reason}")
         return wgmma_gated(x, weight, weight_scale, out, dtype, tile)
     if not has_tma(weight.device):

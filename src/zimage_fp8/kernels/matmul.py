@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from zimage_fp8.kernels.activation import Activation
+from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.scaled_mm import scaled_mm
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import wgmma, wgmma_refusal
+from zimage_fp8.kernels.wgmma import wgmma
 
 TMA_TILE = Tile()
 WIDE_OUTPUT_TILE = Tile(n=128)  # fp32 results take twice the shared memory
@@ -70,7 +71,7 @@ def refusal(implementation: str, x: Activation, weight_scale: Tensor | None) -> 
         fits = is_plain or (scalars and x.values.dtype != torch.int8)
         return None if fits else "it takes BF16, or E4M3 under two scalars"
     if implementation == "wgmma":
-        return wgmma_refusal(x.values.device)
+        return hopper_refusal(x.values.device)
     if is_plain:
         return "it takes 8-bit codes"
     if implementation == "cublas-slow" and not (scalars and x.values.dtype != torch.int8):

@@ -4,15 +4,11 @@
 // Persistent and warp-specialized: one thread of the last warpgroup copies tiles of both operands
 // into a ring of stages (bulk copies), the other warpgroups multiply 64 rows each (wgmma) and write
 // their results straight from registers. The programs of a cluster compute tiles side by side, read
-// the same rows of `left` and load a part each for all. `wgmma.py` compiles this file, sets the constants in
-// capitals and writes `multiply`, one wgmma over 32 bytes of depth.
+// the same rows of `left` and load a part each for all. `wgmma.py` sets the constants in capitals and
+// writes `multiply`, one wgmma over 32 bytes of depth.
 
-#include "multiply.cuh"
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "hopper.cuh"
+#include "products.cuh"
 
 constexpr int M = 64 * WARPGROUPS;
 constexpr int SHARED_M = M / CLUSTER;  // rows of `left` that one program loads for its cluster
@@ -23,30 +19,11 @@ constexpr int STAGE_BYTES = LEFT_BYTES + N * K_BYTES;
 constexpr bool ONE_FACTOR = !PER_TOKEN && !PER_CHANNEL && !EXACT_SUMS;
 constexpr int WIDTH = GATED ? N / 2 : N;  // columns that a tile writes
 
-struct __align__(64) TensorMap { u64 words[16]; };
-
-__device__ __forceinline__ void init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-        :: "r"(barrier), "r"(bytes) : "memory");
-}
-
 // At the barrier of every program in the cluster, one lane for each. What it says, that wgmma has
 // read a stage, needs no fence: `.release.cluster` would wait for all memory, 0.5 us a stage.
 __device__ __forceinline__ void arrive(u32 barrier, u32 program) {
 #if CLUSTER == 1
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+    arrive(barrier);
 #else
     asm volatile(
         "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -93,11 +70,6 @@ __device__ __forceinline__ void load_both(u32 to, const TensorMap &map, u32 barr
         :: "r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row), "r"(0) : "memory");
 }
 
-// A matrix in shared memory as wgmma reads it: rows of 128 bytes, swizzled over groups of eight.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return 1ull << 62 | 64ull << 32 | 1ull << 16 | (at & 0x3FFFF) >> 4;
-}
-
 // Not reordered behind the product, which hides its latency.
 __device__ __forceinline__ float load_early(const float *from) {
     float value;
@@ -112,37 +84,8 @@ __device__ __forceinline__ float silu(float x) {
     return x * inverse;
 }
 
-// x / scale as IEEE divides (see `codes_of` in activation.py), clamped.
-__device__ __forceinline__ float quotient(float x, float scale, float inverse) {
-    float q = x * inverse;
-    q = fmaf(fmaf(-q, scale, x), inverse, q);
-    return fminf(fmaxf(q, -448.0f), 448.0f);
-}
-
 __device__ __forceinline__ u32 pack(float low, float high) {
-#if TO_CODES
-    u16 pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-#else
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
-
-// Four neighbouring lanes hold two columns each of four blocks of eight columns. Afterwards lane i
-// holds all of block i: a transposition, in two exchanges.
-__device__ __forceinline__ void gather(u32 (&of)[4], bool odd, bool upper) {
-    #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const u32 other = __shfl_xor_sync(~0u, odd ? of[i] : of[i + 1], 1);
-        if (odd) of[i] = other; else of[i + 1] = other;
-    }
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 other = __shfl_xor_sync(~0u, upper ? of[i] : of[i + 2], 2);
-        if (upper) of[i] = other; else of[i + 2] = other;
-    }
+    return TO_CODES ? pack_e4m3(low, high) : pack_bf16(low, high);
 }
 
 // left [rows, depth], right [columns, depth], or [2, columns, depth] with a gate, of `steps` times
@@ -152,7 +95,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             void *out, const float *x_scale, const float *weight_scale, const float *out_scale,
             int rows, int columns, int steps, int group) {
     extern __shared__ u8 memory[];
-    const u32 start = static_cast<u32>(__cvta_generic_to_shared(memory));
+    const u32 start = shared_address(memory);
     const u32 stages = (start + 1023) & ~1023u;  // what a swizzle repeats after
     const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
     float *scales = reinterpret_cast<float *>(memory + (empty + 8 * STAGES - start));
@@ -170,14 +113,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
     }
     meet();
 
-    int stage = 0;
-    u32 parity = 0;
-    const auto advance = [&] {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    };
+    Turn turn;
     const auto place = [&](int tile, int &m, int &n) {
         const int first = tile / (group * tiles_n) * group, within = tile % (group * tiles_n);
         const int height = min(tiles_m - first, group);
@@ -193,9 +129,9 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             for (int tile = first_tile; tile < tiles_m * tiles_n; tile += stride) {
                 int m, n;
                 place(tile, m, n);
-                for (int k = 0; k < steps; ++k, advance()) {
-                    const u32 at = stages + stage * STAGE_BYTES, ready = full + 8 * stage;
-                    wait(empty + 8 * stage, parity ^ 1);
+                for (int k = 0; k < steps; ++k, turn.advance(STAGES)) {
+                    const u32 at = stages + turn.stage * STAGE_BYTES, ready = full + 8 * turn.stage;
+                    wait(empty + 8 * turn.stage, turn.parity ^ 1);
                     expect(ready, STAGE_BYTES);
                     (CLUSTER > 1 ? load_for_all : load)(
                         at + rank * SHARED_M * K_BYTES, left, ready, k * K_BYTES, m + rank * SHARED_M);
@@ -218,7 +154,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
         inverse = __frcp_rn(scale);
     }
     Sum sums[N / 2];
-    for (int tile = first_tile, turn = 0; tile < tiles_m * tiles_n; tile += stride, ++turn) {
+    for (int tile = first_tile, count = 0; tile < tiles_m * tiles_n; tile += stride, ++count) {
         int m, n;
         place(tile, m, n);
         const int row = m + warp * 16 + lane / 4;
@@ -226,19 +162,19 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             for (int half = 0; half < 2; ++half)
                 of_row[half] = load_early(x_scale + min(row + 8 * half, rows - 1));
         // Of two buffers, since a fast warp may be a tile ahead.
-        float *of_columns = scales + (turn % 2 * WARPGROUPS + warpgroup) * N;
+        float *of_columns = scales + (count % 2 * WARPGROUPS + warpgroup) * N;
         if (PER_CHANNEL) {
             for (int i = threadIdx.x % 128; i < N; i += 128) {
                 const int column = min(n + i % WIDTH, columns - 1) + i / WIDTH * columns;
                 asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-                    :: "r"(static_cast<u32>(__cvta_generic_to_shared(of_columns + i))),
+                    :: "r"(shared_address(of_columns + i)),
                        "l"(weight_scale + column) : "memory");
             }
         }
         int before = 0;
-        for (int k = 0; k < steps; ++k, advance()) {
-            wait(full + 8 * stage, parity);
-            const u32 at = stages + stage * STAGE_BYTES;
+        for (int k = 0; k < steps; ++k, turn.advance(STAGES)) {
+            wait(full + 8 * turn.stage, turn.parity);
+            const u32 at = stages + turn.stage * STAGE_BYTES;
             const u64 a = descriptor(at + warpgroup * 64 * K_BYTES), b = descriptor(at + LEFT_BYTES);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
             #pragma unroll
@@ -249,12 +185,12 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (lane < CLUSTER) arrive(empty + 8 * before, lane);
             }
-            before = stage;
+            before = turn.stage;
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (lane < CLUSTER) arrive(empty + 8 * before, lane);
         #pragma unroll
-        for (int i = 0; i < N / 2; ++i) asm volatile("" : "+" SUM_REGISTER (sums[i]) :: "memory");
+        for (int i = 0; i < N / 2; ++i) hold(sums[i]);
         if (PER_CHANNEL) {
             asm volatile("cp.async.wait_all;" ::: "memory");
             asm volatile("bar.sync %0, 128;" :: "r"(1 + warpgroup) : "memory");

@@ -11,17 +11,12 @@ Exactness. INT8 sums are exact, so plain results equal the reference bit for bit
 as Hopper does it fast. A gate and its value are not rounded between product and gate.
 """
 
-import ctypes
-import threading
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from zimage_fp8.kernels import nvrtc
 from zimage_fp8.kernels.activation import (
     PLAIN,
     Activation,
@@ -29,14 +24,12 @@ from zimage_fp8.kernels.activation import (
     empty_activation,
     encode,
 )
-from zimage_fp8.kernels.language import HAS_TRITON, multiprocessors
+from zimage_fp8.kernels.hopper import REGISTERS, SHARED_MEMORY, launch, product, tensor_map
+from zimage_fp8.kernels.language import multiprocessors
 from zimage_fp8.kernels.tile import Tile
 
 WGMMA_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11)
-SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may have
 K_BYTES = 128
-# Registers a thread, of 65,536: the copying warpgroup gives to the multiplying ones.
-REGISTERS = {2: (40, 232), 3: (32, 160)}
 _HEIGHTS = [64 * count for count in REGISTERS]
 # Type of sums, constraint of their registers, operand types, flags behind the operands.
 WGMMA = {
@@ -49,6 +42,8 @@ WGMMA = {
 @dataclass(frozen=True)
 class Program:
     """What is compiled: the kernel's constants. dtype is that of both operands."""
+
+    name: ClassVar[str] = "wgmma"
 
     dtype: torch.dtype
     warpgroups: int
@@ -89,9 +84,8 @@ class Program:
         stage = (self.m + self.n) * K_BYTES + 16
         return 1024 + self.stages * stage + 2 * self.warpgroups * self.n * 4
 
-    def options(self) -> list[str]:
-        producer, consumer = REGISTERS[self.warpgroups]
-        constants = {
+    def constants(self) -> dict[str, int]:
+        return {
             "WARPGROUPS": self.warpgroups,
             "N": self.n,
             "STAGES": self.stages,
@@ -101,48 +95,14 @@ class Program:
             "SCALED": int(self.scaled),
             "PER_TOKEN": int(self.per_token),
             "PER_CHANNEL": int(self.per_channel),
-            "PRODUCER_REGISTERS": producer,
-            "CONSUMER_REGISTERS": consumer,
+            "EXACT_SUMS": int(self.dtype == torch.int8),
         }
-        return [
-            "--gpu-architecture=sm_90a",
-            "--std=c++17",
-            *(f"-D{name}={value}" for name, value in constants.items()),
-        ]
 
     def header(self) -> str:
-        """`multiply`: its operands are as many registers as the tile has columns, halved."""
+        """`multiply`: its sums are as many registers as the tile has columns, halved."""
         kind, constraint, types, flags = WGMMA[self.dtype]
-        count = self.n // 2
-        registers = ", ".join(f"%{i}" for i in range(count))
-        sums = ", ".join(f'"+{constraint}"(sums[{i}])' for i in range(count))
-        return f"""
-            typedef {kind} Sum;
-            #define SUM_REGISTER "{constraint}"
-            #define EXACT_SUMS {int(self.dtype == torch.int8)}
-            __device__ __forceinline__ void multiply(
-                Sum (&sums)[{count}], unsigned long long a, unsigned long long b, int adds) {{
-                asm volatile("{{\\n.reg .pred adds;\\nsetp.ne.b32 adds, %{count + 2}, 0;\\n"
-                    "wgmma.mma_async.sync.aligned.m64n{self.n}{types}"
-                    " {{{registers}}}, %{count}, %{count + 1}, adds{flags};\\n}}"
-                    : {sums} : "l"(a), "l"(b), "r"(adds));
-            }}"""
-
-
-@lru_cache
-def wgmma_refusal(device: torch.device) -> str | None:
-    """Why a device cannot run this kernel, or None."""
-    is_cuda = device.type == "cuda"
-    return needed_by_wgmma(torch.cuda.get_device_capability(device) if is_cuda else None)
-
-
-def needed_by_wgmma(capability: tuple[int, int] | None) -> str | None:
-    """What a GPU of this compute capability, or no GPU, or this installation lacks, or None."""
-    if capability != (9, 0):
-        return "it needs Hopper's wgmma (compute capability 9.0)"
-    if nvrtc.find_library() is None:
-        return "it needs NVRTC, which PyTorch for CUDA brings; pip install nvidia-cuda-nvrtc"
-    return None if HAS_TRITON else "it needs Triton, whose cache keeps what was compiled"
+        sums = (kind, constraint, self.n // 2)
+        return f"typedef {kind} Sum;" + product("multiply", sums, f"n{self.n}{types}", flags=flags)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -182,15 +142,10 @@ def wgmma_gated(
     """As `gated_matmul`, under the conditions of `wgmma`."""
     _check_shapes(x.values, weight, dtype)
     like = x.values.new_empty(0, dtype=dtype)
-    written = out if encodes_at_once(out) else PLAIN
+    written = out if out.is_static_e4m3 else PLAIN
     result = empty_activation(len(x.values), len(weight) // 2, written, like)
     _launch(x, weight, weight_scale, result, tile or WGMMA_TILE, gated=True)
     return result if written is out else encode(result.values, out)
-
-
-def encodes_at_once(out: Output) -> bool:
-    """Whether the gate's kernel writes codes: E4M3 under a scale that is known beforehand."""
-    return out.is_pointwise and out.spec is not None and out.spec.format == "e4m3"
 
 
 def program_for(
@@ -217,15 +172,6 @@ def program_for(
     )
 
 
-def compile_in_background(programs: Iterable[Program]) -> None:
-    """Fill the cache while other things are loaded: 0.7 s each where they were never compiled."""
-    wanted = list(dict.fromkeys(programs))
-    if wanted:
-        work = threading.Thread(target=lambda: [compiled(program) for program in wanted])
-        work.daemon = True  # who leaves before it is done does not wait for it
-        work.start()
-
-
 def _launch(
     x: Activation,
     weight: Tensor,
@@ -244,95 +190,19 @@ def _launch(
         gated=gated,
         to_codes=out.scale is not None,
     )
-    left = _tensor_map(x.values, [K_BYTES, program.m // program.cluster])
+    left = tensor_map(x.values, [K_BYTES, program.m // program.cluster])
     right = (
-        _tensor_map(weight.view(2, columns, depth), [K_BYTES, program.width, 2])
+        tensor_map(weight.view(2, columns, depth), [K_BYTES, program.width, 2])
         if gated
-        else _tensor_map(weight, [K_BYTES, program.n])
+        else tensor_map(weight, [K_BYTES, program.n])
     )
     clusters = -(-rows // program.m) * -(-columns // (program.width * program.cluster))
     at_once = multiprocessors(x.values.device) // program.cluster
     steps = -(-depth * x.values.element_size() // K_BYTES)
-    pointers = (
-        ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-        for tensor in (out.values, x.scale, weight_scale, out.scale)
+    tensors = (out.values, x.scale, weight_scale, out.scale)
+    launch(
+        program,
+        min(clusters, at_once) * program.cluster,
+        [left, right, *tensors, rows, columns, steps, tile.group],
+        x.values.device,
     )
-    numbers = (ctypes.c_int(value) for value in (rows, columns, steps, tile.group))
-    arguments = [left, right, *pointers, *numbers]
-    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    _check(
-        _driver().cuLaunchKernel(
-            _function(x.values.device.index, program),
-            min(clusters, at_once) * program.cluster, 1, 1,
-            128 * (program.warpgroups + 1), 1, 1,
-            program.shared_memory,
-            ctypes.c_void_p(torch.cuda.current_stream(x.values.device).cuda_stream),
-            addresses,
-            None,
-        )
-    )  # fmt: skip
-
-
-class _TensorMap(ctypes.Structure):
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
-def _tensor_map(x: Tensor, box: Sequence[int]) -> _TensorMap:
-    """How the bulk copy engine reads x, as bytes, in boxes of `box` (innermost first), swizzled
-    over 128 bytes. What lies beyond an edge is read as zeros."""
-    size = x.element_size()
-    shape = [x.shape[-1] * size, *reversed(x.shape[:-1])]
-    strides = [stride * size for stride in reversed(x.stride()[:-1])]
-    rank = len(shape)
-    # The driver wants it on 64 bytes, and a copy of it is what the kernel gets.
-    memory = ctypes.create_string_buffer(ctypes.sizeof(_TensorMap) + 64)
-    place = _TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)
-    as_bytes, swizzle_128, promote_256, zeros = 0, 3, 3, 0
-    _check(
-        _driver().cuTensorMapEncodeTiled(
-            ctypes.byref(place),
-            as_bytes,
-            rank,
-            ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_uint64 * rank)(*shape),
-            (ctypes.c_uint64 * rank)(*strides),
-            (ctypes.c_uint32 * rank)(*box),
-            (ctypes.c_uint32 * rank)(*[1] * rank),
-            0,
-            swizzle_128,
-            promote_256,
-            zeros,
-        )
-    )
-    return place
-
-
-@lru_cache
-def _function(device: int, program: Program) -> ctypes.c_void_p:
-    """The kernel, loaded into a device. Compiled once per machine, by NVRTC."""
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        _check(driver.cuModuleLoadData(ctypes.byref(module), compiled(program)))
-        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"wgmma_kernel"))
-        dynamic_shared_memory = 8
-        _check(driver.cuFuncSetAttribute(function, dynamic_shared_memory, program.shared_memory))
-    return function
-
-
-def compiled(program: Program) -> bytes:
-    """Machine code of a program, from the cache on disk where it was compiled before."""
-    source = (resources.files("zimage_fp8.kernels") / "wgmma.cu").read_text()
-    headers = {"multiply.cuh": program.header()}
-    return nvrtc.compiled("wgmma", source, headers, program.options())
-
-
-@lru_cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(code: int) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'').decode()} ({code})")
