@@ -130,10 +130,12 @@ def test_int8_is_exact(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unquantized(shape: tuple[int, int, int], tile: Tile) -> None:
     rows, columns, depth = shape
+    torch.manual_seed(rows)
     x = torch.randn(rows, depth, device="cuda").bfloat16()
     weight = torch.randn(columns, depth, device="cuda").bfloat16()
     actual = matmul(Activation(x), weight, None, torch.bfloat16, "wgmma", tile)
-    assert relative_error(actual, x.double() @ weight.double().T) < 2e-3
+    # A rounding to BF16 is at most 2^-8 off; of many values 1.7e-3 on average, of 64 up to 2.1e-3.
+    assert relative_error(actual, x.double() @ weight.double().T) < 3e-3
 
 
 @pytest.mark.gpu

@@ -110,9 +110,9 @@ class Linear:
         return None if found is None or found.implementation == SEPARATE else found
 
     def programs(self, gate: Output | None = None) -> Iterator[Program]:
-        """What has to be compiled for it, other than by Triton. gate: what the feed-forward's gate
-        writes, where this product has one."""
-        for choice in self._winners(self.kind + (GATED if gate else "")):
+        """What may have to be compiled for it, other than by Triton: for a picture of any size,
+        0.7 s each. gate: what the feed-forward's gate writes, where this product has one."""
+        for choice in self._fitting(self.kind + (GATED if gate else "")):
             if choice.implementation.startswith("wgmma") and choice.tile is not None:
                 yield program_for(
                     self.weight,
@@ -142,12 +142,15 @@ class Linear:
         return (gates - {SEPARATE}) | (products if not gates or SEPARATE in gates else set())
 
     def _winners(self, kind: str) -> Iterable[Choice]:
-        if self.dtype != torch.bfloat16:
-            return ()
         first: dict[int, Choice] = {}
-        for choice in fitting(self.weight.device, kind, *self.weight.shape):
+        for choice in self._fitting(kind):
             first.setdefault(choice.rows, choice)
         return first.values()
+
+    def _fitting(self, kind: str) -> Iterable[Choice]:
+        if self.dtype != torch.bfloat16:
+            return ()
+        return fitting(self.weight.device, kind, *self.weight.shape)
 
 
 def kind_of(reads: Output, weight_scale: Tensor | None) -> str:
