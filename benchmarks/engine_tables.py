@@ -330,8 +330,7 @@ def _with_facts(found: dict[str, Any], table: str, what: str, *, random: bool = 
 
 
 def _facts(found: dict[str, Any]) -> str:
-    noted = f" · transcribed {found['transcribed']}" if "transcribed" in found else ""
-    return f"commit {found['commit']} · `python benchmarks/{' '.join(found['command'])}`{noted}"
+    return f"commit {found['commit']} · `python benchmarks/{' '.join(found['command'])}`"
 
 
 def _megabytes(num_bytes: float) -> str:

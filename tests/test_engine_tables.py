@@ -108,16 +108,6 @@ def test_requests_show_stages_memory_and_start(tmp_path: Path) -> None:
     assert "**NVIDIA H200**; weights random" in text
 
 
-def test_what_was_only_printed_says_so(tmp_path: Path) -> None:
-    sizes = {"1024x512": {k: v for k, v in REQUEST["sizes"]["1024x512"].items() if k != "p90_ms"}}  # type: ignore[index]
-    write(
-        tmp_path, "gpu-request.json", requests=[REQUEST | {"sizes": sizes}], transcribed="by hand"
-    )
-    text = engine_tables.request_table(tmp_path)
-    assert "| `full` | 1024×512 | 228 |  | encode 5" in text
-    assert text.endswith("· transcribed by hand</sub>")
-
-
 DEVICE_COPY = {"kernel": "device copy", "gb_per_s": 2600.0}
 
 
