@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fake_model import SCALES
 from gpu import DEVICE, Envelope, elapsed_ms, envelope
-from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, SEPARATE, Linear
+from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, HEADS, SEPARATE, Linear
 from zimage_fp8.kernels.activation import (
     PLAIN,
     Activation,
@@ -46,6 +46,7 @@ from zimage_fp8.kernels.group_norm import (
     normalize_window_reference,
     normalize_window_triton,
 )
+from zimage_fp8.kernels.head_product import head_product, head_product_reference
 from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.matmul import has_tma, matmul, refusal
 from zimage_fp8.kernels.norm import (
@@ -58,11 +59,17 @@ from zimage_fp8.kernels.pixel_attention import (
     pixel_attention_reference,
     pixel_attention_triton,
 )
-from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_triton
-from zimage_fp8.kernels.rope import rope_table
+from zimage_fp8.kernels.qk_norm_rope import (
+    HeadNorms,
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    qk_norm_rope_triton,
+)
+from zimage_fp8.kernels.rope import Rope, rope_table
 from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import WGMMA_TILE
+from zimage_fp8.kernels.wgmma import HEADS_TILE, WGMMA_TILE
+from zimage_fp8.layout import ZImageConfig
 from zimage_fp8.numerics import (
     E4M3_ROW,
     E4M3_STATIC,
@@ -83,7 +90,8 @@ ROWS = {  # 1024x512 and 1024x1024 with a caption of 64 tokens
 PICTURES = {"full": ((256, 512, 512), (128, 512, 1024)), "tiny": ((32, 8, 8),)}
 ATTENDED = {"full": ((8192, 512), (16384, 512)), "tiny": ((96, 32),)}
 GATED_LAYER = "w13, gate"
-LAYERS = ("to_qkv", "to_out", "w13", "w2", GATED_LAYER)
+HEADS_LAYER = "to_qkv, heads"
+LAYERS = ("to_qkv", "to_out", "w13", "w2", GATED_LAYER, HEADS_LAYER)
 KINDS = ("bf16", "e4m3-scalar", "e4m3-vector", "int8-vector")
 SETS = 4
 # Triton's interpreter multiplies BF16 as integers.
@@ -125,6 +133,7 @@ WGMMA_TILES = (
     WIDE,
     replace(WIDE, cluster=2),
 )
+HEADS_TILES = (HEADS_TILE, replace(HEADS_TILE, m=128, warps=12, stages=5, group=17))
 FINALISTS = 3
 
 
@@ -299,6 +308,51 @@ def gated_shape(kind: str, rows: int, columns: int, depth: int) -> list[dict[str
     runs |= {candidate: runner(candidate) for candidate in gated_candidates(kind)}
     # Codes of values that differ by a rounding are neighbours here and there.
     return race(GATED_LAYER, kind + GATED, (rows, columns, depth), runs, exact, 3e-2)
+
+
+def heads_rows(kinds: Sequence[str], scale: str) -> list[dict[str, object]]:
+    """to_qkv with norm and rotation of its heads: one kernel against the engine's product, then
+    `qk_norm_rope`."""
+    config = SCALES[scale].transformer
+    return [
+        row for kind in kinds for rows in ROWS[scale] for row in heads_shape(kind, rows, config)
+    ]
+
+
+def heads_shape(kind: str, rows: int, config: ZImageConfig) -> list[dict[str, object]]:
+    columns, depth = 3 * config.dim, config.dim
+    sets = operands(kind, rows, columns, depth, SETS)
+    linears = [Linear(_layer(SPEC_OF_KIND[kind], *operand), torch.bfloat16) for operand in sets]
+    weights = (1 + 0.1 * torch.randn(2, config.head_dim, device=DEVICE)).to(torch.bfloat16)
+    norms = HeadNorms(*weights, 1e-5)
+    width = rows // 32 or 1  # as a picture of 32 rows: axes of some length
+    position = torch.arange(rows)
+    positions = torch.stack([position * 0 + 65, position // width, position % width], dim=1)
+    ropes = [
+        Rope.of(positions[:count], config.axes_dims, config.rope_theta).to(DEVICE)
+        for count in (rows, 128)
+    ]
+    x, weight, scale = sets[0]
+    first = Activation(x.values[:128], x.scale[:128] if _is_vector(x.scale) else x.scale)
+    exact = head_product_reference(first, weight, scale, norms, ropes[1]).double()
+
+    def apart(index: int) -> Tensor:
+        qkv = linears[index](sets[index][0])[None]
+        q, k, v = qk_norm_rope(qkv, norms, ropes[0].table)
+        return (
+            torch.stack([q, k, v], dim=2).flatten(0, 1).flatten(1)
+            if DEVICE.type == "cpu"
+            else qkv[0]
+        )
+
+    def runner(candidate: Candidate) -> Callable[[int], Tensor]:
+        return lambda index: head_product(*sets[index], norms, ropes[0], candidate.tile)
+
+    runs: dict[Candidate, Callable[[int], object]] = {Candidate(SEPARATE): apart}
+    if not hopper_refusal(DEVICE):
+        for tile in HEADS_TILES:
+            runs[Candidate("wgmma-heads", tile)] = runner(Candidate("wgmma-heads", tile))
+    return race(HEADS_LAYER, kind + HEADS, (rows, columns, depth), runs, exact, 1e-2)
 
 
 def _layer(
@@ -584,7 +638,7 @@ def fused_rows(scale: str) -> list[dict[str, object]]:
         # In place on q and k, or from all three to codes of their own.
         codes = torch.full((3, 1, dim // head_dim), 0.02, device=DEVICE)
         for name, scale_of_heads, bytes_each in (("bf16", None, 8), ("e4m3", codes, 9)):
-            rest = (weight, weight, table, 1e-5, scale_of_heads)
+            rest = (HeadNorms(weight, weight, 1e-5), table, scale_of_heads)
             results.append(
                 fused_row(
                     "qk_norm_rope",
@@ -786,12 +840,14 @@ def main() -> None:
         return
     if arguments.scale == "full" and DEVICE.type == "cpu":
         parser.error("full size needs a GPU; --scale tiny proves the script without one")
-    if arguments.kinds and DEVICE.type == "cuda":
+    if arguments.kinds and arguments.layers != [HEADS_LAYER] and DEVICE.type == "cuda":
         compile_ahead(min(12, os.cpu_count() or 1), arguments.kinds)
     record: Envelope = envelope()
     record["gemm"] = gemm_rows(arguments.kinds, arguments.scale, arguments.layers)
     if GATED_LAYER in arguments.layers:
         record["gemm"] += gated_rows(arguments.kinds, arguments.scale)
+    if HEADS_LAYER in arguments.layers:
+        record["gemm"] += heads_rows(arguments.kinds, arguments.scale)
     if arguments.out:  # what is measured survives an early end
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     choices = best_choices(record["gemm"])  # type: ignore[arg-type]

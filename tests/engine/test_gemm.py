@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from compare import relative_error
 from zimage_fp8.engine import gemm
 from zimage_fp8.engine.gemm import (
     CUBLAS_TILE,
     GATED,
+    HEADS,
     SEPARATE,
     Choice,
     Linear,
@@ -22,10 +24,13 @@ from zimage_fp8.engine.gemm import (
 from zimage_fp8.kernels import hopper
 from zimage_fp8.kernels.activation import Activation, Output, encode, encode_reference
 from zimage_fp8.kernels.gated_matmul import GATED_IMPLEMENTATIONS
-from zimage_fp8.kernels.matmul import IMPLEMENTATIONS
+from zimage_fp8.kernels.head_product import HEAD_IMPLEMENTATIONS
+from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, matmul
+from zimage_fp8.kernels.qk_norm_rope import HeadNorms
+from zimage_fp8.kernels.rope import Rope
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import Program
+from zimage_fp8.kernels.wgmma import HEADS_TILE, Program
 from zimage_fp8.layout import ZImageConfig
 from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW, QuantSpec
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
@@ -202,6 +207,9 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
     if choice.kind.endswith(GATED):
         assert choice.kind.removesuffix(GATED) in allowed
         assert choice.implementation in (*GATED_IMPLEMENTATIONS, SEPARATE)
+    elif choice.kind.endswith(HEADS):
+        assert choice.kind.removesuffix(HEADS) in allowed
+        assert choice.implementation in (*HEAD_IMPLEMENTATIONS, SEPARATE)
     else:
         assert choice.implementation in allowed[choice.kind]
         assert choice.implementation in IMPLEMENTATIONS
@@ -220,9 +228,10 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
     elif choice.implementation.startswith("wgmma"):
         assert choice.capability == (9, 0)
         assert choice.tile is not None
-        gated = choice.kind.endswith(GATED)
+        gated, heads = choice.kind.endswith(GATED), (4, 10) if choice.kind.endswith(HEADS) else None
         tile = choice.tile  # which the next line would refuse
-        Program(torch.int8, tile.m // 64, tile.n, tile.stages, tile.cluster, gated)
+        shape = (tile.m // 64, tile.n, tile.stages, tile.cluster)
+        Program(torch.int8, *shape, gated=gated, heads=heads)
     else:
         assert choice.tile is None
 
@@ -320,6 +329,43 @@ def test_one_kernel_gates_where_that_was_faster(
     assert linear.describe() == f"e4m3-vector by {described}"
     rows = (400, 600, 1000, 1900, 2600, 8001)
     assert {row for row in rows if linear.gates_at_once(row)} == at_once
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("winner", "described"), [("wgmma-heads", "wgmma-heads"), (SEPARATE, "cublas-row")]
+)
+def test_heads_are_normed_by_their_product_where_that_was_faster(
+    monkeypatch: pytest.MonkeyPatch, winner: str, described: str
+) -> None:
+    columns, norms = 3 * 384, HeadNorms(torch.ones(128).bfloat16(), torch.ones(128).bfloat16(), 0.1)
+    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (32, 48, 48), 256.0)
+    table = [Choice("H", (9, 0), "e4m3-vector", 10, columns, 32, "cublas-row", None, 10.0)]
+    heads = replace(table[0], kind="e4m3-vector" + HEADS, implementation=winner, tile=HEADS_TILE)
+    monkeypatch.setattr(
+        gemm, "fitting", lambda _, kind, *__: [c for c in [*table, heads] if c.kind == kind]
+    )
+    monkeypatch.setattr(gemm, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(gemm, "matmul", lambda *it: matmul(*it[:4], "reference"))
+    choose.cache_clear()
+    linear = linear_of_codes(columns, 32)
+    x = encode_reference(torch.randn(10, 32), linear.reads, torch.float32)
+    assert linear.turns_at_once(10) is None, "measured in BF16, not in FP32"
+    apart = linear.heads(x, norms, rope)
+    linear.dtype = torch.bfloat16
+    linear.chosen.clear()
+    assert linear.describe() == f"e4m3-vector by {described}"
+    at_once = linear.heads(x, norms, rope)
+    assert linear.chosen[10] == described
+    assert [tuple(head.shape) for head in at_once] == 3 * [(2, 5, 3, 128)]
+    for found, expected in zip(at_once, apart, strict=True):
+        assert relative_error(found, expected) < 1e-2
+    programs = list(linear.programs(axes=rope.axes))
+    assert [it.heads for it in programs] == ([] if winner == SEPARATE else [rope.axes])
+    short = HeadNorms(torch.ones(64).bfloat16(), torch.ones(64).bfloat16(), 0.1)
+    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (16, 24, 24), 256.0)
+    linear.heads(encode_reference(torch.randn(5, 32), linear.reads, torch.float32), short, rope)
+    assert linear.chosen[5] == "cublas-row", "the kernel has no tiles for heads of 64"
     choose.cache_clear()
 
 

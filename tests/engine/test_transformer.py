@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from compare import same_bits, sqnr_db
-from zimage_fp8.engine.gemm import GATED, Choice, Linear
+from zimage_fp8.engine.gemm import GATED, HEADS, Choice, Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
 from zimage_fp8.kernels.activation import Activation, Output, encode
 from zimage_fp8.kernels.attention import BACKENDS, Target, attention
 from zimage_fp8.kernels.hopper_attention import AttentionProgram
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import WGMMA_TILE
+from zimage_fp8.kernels.wgmma import HEADS_TILE, WGMMA_TILE
 from zimage_fp8.model.calibration import CalibrationSettings, run_calibration
 from zimage_fp8.model.loading import load_pipeline
 from zimage_fp8.model.pipeline import Pipeline
@@ -247,12 +247,15 @@ def test_attention_may_write_what_its_layer_reads(tiny_model: Path, policy: str)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_sequence_with_our_own_attention(batch: int) -> None:
-    """Heads of 128 channels, which no small model of ours has."""
+def test_the_sequence_with_kernels_for_wide_heads(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Heads of 128 channels, which no small model of ours has: our own attention, and norm and
+    rotation inside the product."""
     if reason := BACKENDS["hopper"].refusal(Target(torch.device("cuda", 0), torch.bfloat16, 128)):
         pytest.skip(reason)
     config = ZImageConfig(
-        dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=64, axes_dims=(32, 48, 48)
+        dim=384, n_layers=2, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_dims=(32, 48, 48)
     )
     with torch.device("cuda"):
         torch.manual_seed(0)
@@ -267,7 +270,17 @@ def test_the_sequence_with_our_own_attention(batch: int) -> None:
         for name in ("math", "hopper"):
             engine = FusedTransformer(model, BACKENDS[name], GraphCache(latent.device))
             results.append(engine.forward(latent, t, engine.refine_caption(*given)))
+
+        def at_once(linear: Linear, rows: int) -> Choice:
+            shape = linear.weight.shape
+            return Choice("", (9, 0), "bf16" + HEADS, rows, *shape, "wgmma-heads", HEADS_TILE, 1.0)
+
+        monkeypatch.setattr(Linear, "turns_at_once", at_once)
+        engine = FusedTransformer(model, BACKENDS["hopper"], GraphCache(latent.device))
+        results.append(engine.forward(latent, t, engine.refine_caption(*given)))
+    assert "wgmma-heads" in engine.linears["to_qkv"].describe()
     assert sqnr_db(results[1], results[0]) > 35
+    assert sqnr_db(results[2], results[0]) > 35
 
 
 @pytest.mark.gpu

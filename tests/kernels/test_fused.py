@@ -10,6 +10,7 @@ from torch import Tensor
 from zimage_fp8.kernels import activation, norm, qk_norm_rope
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.language import HAS_TRITON
+from zimage_fp8.kernels.qk_norm_rope import HeadNorms
 from zimage_fp8.kernels.rope import rope_table
 from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
 from zimage_fp8.numerics import (
@@ -155,9 +156,9 @@ def test_gated(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None:
     ],
 )
 def test_qk_norm_rope(device: str, dtype: torch.dtype, heads: int, head_dim: int) -> None:
-    qkv, weights, table = heads_example(device, dtype, heads, head_dim)
-    expected = qk_norm_rope.qk_norm_rope_reference(qkv.clone(), *weights, table, 1e-5)
-    actual = qk_norm_rope.qk_norm_rope_triton(qkv, *weights, table, 1e-5)
+    qkv, norms, table = heads_example(device, dtype, heads, head_dim)
+    expected = qk_norm_rope.qk_norm_rope_reference(qkv.clone(), norms, table)
+    actual = qk_norm_rope.qk_norm_rope_triton(qkv, norms, table)
     for got, wanted in zip(actual, expected, strict=True):
         agree(Activation(got), Activation(wanted), Output(), dtype)
     assert torch.equal(actual[2], expected[2])  # v is not touched
@@ -167,11 +168,11 @@ def test_qk_norm_rope(device: str, dtype: torch.dtype, heads: int, head_dim: int
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (30, 128)])
 def test_qk_norm_rope_writes_codes(heads: int, head_dim: int) -> None:
     """On a GPU only: Triton's interpreter rounds to E4M3 wrongly."""
-    qkv, weights, table = heads_example("cuda", torch.bfloat16, heads, head_dim)
+    qkv, norms, table = heads_example("cuda", torch.bfloat16, heads, head_dim)
     before = qkv.clone()
     scale = (torch.rand(3, 2, heads, device="cuda") + 0.1) / 100  # clips some of each
-    expected = qk_norm_rope.qk_norm_rope_reference(qkv, *weights, table, 1e-5, scale)
-    actual = qk_norm_rope.qk_norm_rope_triton(qkv, *weights, table, 1e-5, scale)
+    expected = qk_norm_rope.qk_norm_rope_reference(qkv, norms, table, scale)
+    actual = qk_norm_rope.qk_norm_rope_triton(qkv, norms, table, scale)
     assert torch.equal(qkv, before)
     for got, wanted, s in zip(actual, expected, scale, strict=True):
         assert got.dtype == torch.float8_e4m3fn
@@ -188,14 +189,15 @@ def test_qk_norm_rope_writes_codes(heads: int, head_dim: int) -> None:
 
 def heads_example(
     device: str, dtype: torch.dtype, heads: int, head_dim: int
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """q, k and v of two pictures of 32 tokens, the norms' weights and a rotary table."""
+) -> tuple[torch.Tensor, HeadNorms, torch.Tensor]:
+    """q, k and v of two pictures of 32 tokens, the norms and a rotary table."""
     tokens = 32
     qkv = randn(2, tokens, 3 * heads * head_dim, device=device, dtype=dtype)
     weights = [1 + 0.1 * randn(head_dim, device=device, dtype=dtype, seed=s) for s in (1, 2)]
     positions = torch.arange(tokens)[:, None].expand(-1, 3)
     half = head_dim // 4
-    return qkv, weights, rope_table(positions, (half, half, 2 * half), 256.0).to(device)
+    norms = HeadNorms(*weights, 1e-5)
+    return qkv, norms, rope_table(positions, (half, half, 2 * half), 256.0).to(device)
 
 
 @pytest.mark.parametrize("longest", [0, 5])
@@ -207,7 +209,8 @@ def test_no_head_exceeds_its_reach(longest: int) -> None:
     q[..., longest] = 7.0
     positions = torch.arange(64)[:, None].expand(-1, 3)
     table = rope_table(positions, (4, 4, 8), 256.0)
-    found, _, _ = qk_norm_rope.qk_norm_rope_reference(q, weight, weight, table, 1e-5)
+    norms = HeadNorms(weight, weight, 1e-5)
+    found, _, _ = qk_norm_rope.qk_norm_rope_reference(q, norms, table)
     reach = qk_norm_rope.reach_of_norm(weight)
     assert 0.99 * reach < found.abs().max() <= reach
 

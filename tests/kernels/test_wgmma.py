@@ -11,7 +11,7 @@ import torch
 
 from compare import relative_error, same_bits
 from operands import operands
-from zimage_fp8.engine.gemm import GATED, measured
+from zimage_fp8.engine.gemm import GATED, HEADS, measured
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul, gated_matmul_reference
 from zimage_fp8.kernels.hopper import compiled
@@ -19,7 +19,7 @@ from zimage_fp8.kernels.language import HAS_TRITON
 from zimage_fp8.kernels.matmul import matmul
 from zimage_fp8.kernels.nvrtc import find_library
 from zimage_fp8.kernels.tile import Tile
-from zimage_fp8.kernels.wgmma import WGMMA_TILE, Program, wgmma
+from zimage_fp8.kernels.wgmma import HEADS_TILE, WGMMA_TILE, Program, wgmma
 from zimage_fp8.numerics import E4M3_STATIC, INT8_ROW, scale_of
 
 OPERANDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -30,8 +30,14 @@ TILES = [
     replace(WGMMA_TILE, cluster=2),
     Tile(m=192, n=160, stages=5, cluster=2),
 ]
+HEADS_TILES = [HEADS_TILE, replace(HEADS_TILE, m=128, stages=5)]
 # (tokens, columns, depth): edges in every direction, one tile, more tiles than programs.
 SHAPES = [(1, 64, 64), (37, 208, 96), (193, 400, 4000), (5000, 2000, 192)]
+
+
+def heads_program(dtype: torch.dtype, tile: Tile) -> Program:
+    shape = (tile.m // 64, tile.n, tile.stages, tile.cluster)
+    return Program(dtype, *shape, scaled=dtype != torch.bfloat16, heads=(4, 10))
 
 
 def programs() -> set[Program]:
@@ -39,12 +45,15 @@ def programs() -> set[Program]:
     found = set()
     for choice in measured():
         if choice.implementation.startswith("wgmma") and choice.tile is not None:
-            format, _, scales = choice.kind.removesuffix(GATED).partition("-")
+            kind = choice.kind.removesuffix(GATED).removesuffix(HEADS)
+            format, _, scales = kind.partition("-")
+            heads = (4, 10) if choice.kind.endswith(HEADS) else None
             gated, vectors = choice.kind.endswith(GATED), scales == "vector"
             codes = gated and scales == "scalar"
             shape = (choice.tile.m // 64, choice.tile.n, choice.tile.stages, choice.tile.cluster)
             flags = (gated, codes, format != "bf16", vectors, vectors)
-            found.add(Program(OPERANDS[format], *shape, *flags))
+            found.add(Program(OPERANDS[format], *shape, *flags, heads))
+    found |= {heads_program(OPERANDS[format], tile) for format in OPERANDS for tile in HEADS_TILES}
     for tile in TILES:
         shape = (tile.m // 64, tile.n, tile.stages, tile.cluster)
         found.add(Program(torch.int8, *shape, scaled=True, per_channel=True))

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.gated_matmul import gated_matmul
+from zimage_fp8.kernels.head_product import head_product, unfit
 from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.language import multiprocessors
 from zimage_fp8.kernels.matmul import default_implementation, matmul
+from zimage_fp8.kernels.qk_norm_rope import HeadNorms, Heads, qk_norm_rope, split_heads
+from zimage_fp8.kernels.rope import Rope
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import Program, program_for
 from zimage_fp8.quant.linear import QuantLinear
 
-# A product with its gate is measured as the product's kind with this suffix, and won by one kernel
-# of both or by the two one after the other.
+# A product with what follows it, its gate or the norm and rotation of its heads, is measured as the
+# product's kind with a suffix, and won by one kernel of both or by the two one after the other.
 GATED = "-gated"
+HEADS = "-heads"
 SEPARATE = "separate"
-
 
 # A later choice of the same rows must be expected to be this much faster: measured twice, products
 # differ by up to 3 %.
@@ -109,10 +112,32 @@ class Linear:
         found = self._choose(self.kind + GATED, rows)
         return None if found is None or found.implementation == SEPARATE else found
 
-    def programs(self, gate: Output | None = None) -> Iterator[Program]:
+    def heads(self, x: Activation, norms: HeadNorms, rope: Rope) -> Heads:
+        """The product as q, k and v, each [batch, tokens, heads, head_dim], q and k normed and
+        rotated: in one kernel where that was measured to be faster than two."""
+        rows, tokens = len(x.values), len(rope.table)
+        found = self.turns_at_once(rows)
+        if found is None or unfit(self.weight, norms, rope):
+            return qk_norm_rope(self(x).reshape(-1, tokens, len(self.weight)), norms, rope.table)
+        self.chosen[rows] = found.implementation
+        qkv = head_product(x, self.weight, self.weight_scale, norms, rope, found.tile)
+        return split_heads(qkv.reshape(-1, tokens, len(self.weight)), len(norms.weight_q))
+
+    def turns_at_once(self, rows: int) -> Choice | None:
+        """The kernel of product, norm and rotation, where it is the faster way."""
+        found = self._choose(self.kind + HEADS, rows)
+        return None if found is None or found.implementation == SEPARATE else found
+
+    def programs(
+        self, gate: Output | None = None, axes: tuple[int, int] | None = None
+    ) -> Iterator[Program]:
         """What may have to be compiled for it, other than by Triton: for a picture of any size,
-        0.7 s each. gate: what the feed-forward's gate writes, where this product has one."""
-        for choice in self._fitting(self.kind + (GATED if gate else "")):
+        0.7 s each. gate: what the feed-forward's gate writes, where this product has one; axes: of
+        the rotation of its heads, where it has some (`Rope.axes`)."""
+        choices = list(self._fitting(self.kind + (GATED if gate else "")))
+        if axes:
+            choices += self._fitting(self.kind + HEADS)
+        for choice in choices:
             if choice.implementation.startswith("wgmma") and choice.tile is not None:
                 yield program_for(
                     self.weight,
@@ -121,6 +146,7 @@ class Linear:
                     per_token=self.reads.spec is not None and self.reads.static_scale is None,
                     gated=gate is not None,
                     to_codes=gate is not None and gate.is_static_e4m3,
+                    heads=axes if choice.kind.endswith(HEADS) else None,
                 )
 
     def _choose(self, kind: str, rows: int) -> Choice | None:
@@ -135,11 +161,12 @@ class Linear:
         return f"{self.kind} by {' or '.join(sorted(names)) or 'default'}"
 
     def _measured_best(self) -> set[str]:
-        gates, products = (
-            {choice.implementation for choice in self._winners(kind)}
-            for kind in (self.kind + GATED, self.kind)
+        gates, heads, products = (
+            {choice.implementation for choice in self._winners(self.kind + suffix)}
+            for suffix in (GATED, HEADS, "")
         )
-        return (gates - {SEPARATE}) | (products if not gates or SEPARATE in gates else set())
+        at_once = gates | heads
+        return (at_once - {SEPARATE}) | (products if not at_once or SEPARATE in at_once else set())
 
     def _winners(self, kind: str) -> Iterable[Choice]:
         first: dict[int, Choice] = {}

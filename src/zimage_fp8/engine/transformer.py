@@ -18,7 +18,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,15 @@ from zimage_fp8.kernels.activation import Activation, encode
 from zimage_fp8.kernels.attention import Backend
 from zimage_fp8.kernels.hopper import Program, compile_in_background
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
-from zimage_fp8.kernels.qk_norm_rope import qk_norm_rope, reach_of_norm
-from zimage_fp8.layout import PATCH, PATCH_KEY
+from zimage_fp8.kernels.qk_norm_rope import HeadNorms, qk_norm_rope, reach_of_norm
+from zimage_fp8.kernels.rope import Rope, first_blocks
+from zimage_fp8.layout import PATCH, PATCH_KEY, ZImageConfig
 from zimage_fp8.model.z_image import (
     Block,
     FinalLayer,
     ZImageTransformer,
-    caption_rope,
-    image_rope,
+    caption_positions,
+    image_positions,
     patchify,
     unpatchify,
 )
@@ -57,8 +58,7 @@ class FusedBlock:
     to_out: Linear
     w13: Linear
     w2: Linear
-    norm_q: Tensor
-    norm_k: Tensor
+    norms: HeadNorms
     first_vector: int
 
     @property
@@ -78,8 +78,7 @@ class FusedBlock:
             Linear(attention.to_out[0], dtype),
             Linear(ffn.w13, dtype),
             Linear(ffn.w2, dtype),
-            attention.norm_q.weight,
-            attention.norm_k.weight,
+            HeadNorms(attention.norm_q.weight, attention.norm_k.weight, attention.norm_q.eps),
             first_vector,
         )
 
@@ -122,8 +121,9 @@ class FusedTransformer:
     def programs(self) -> Iterator[Program]:
         """What its products need besides Triton's kernels, for the sizes in the table."""
         for block in (*self.refiner, *self.layers, *self.context):
-            for linear in (block.to_qkv, block.to_out, block.w2):
-                yield from linear.programs()
+            yield from block.to_qkv.programs(axes=first_blocks(self.config.axes_dims))
+            yield from block.to_out.programs()
+            yield from block.w2.programs()
             yield from block.w13.programs(block.w2.reads)
             yield from self.attention.programs(block.to_out.reads)
 
@@ -140,9 +140,10 @@ class FusedTransformer:
         key = ("step", self._owner, *(tuple(x.shape) for x in (latent, vectors, caption)))
         # Made outside the graph, which must not allocate what outlives it, and kept by it, since
         # tables may leave their cache.
-        of_image = image_rope(self.config, *latent.shape[-2:], caption.shape[1], self.device)
-        of_caption = caption_rope(self.config, caption.shape[1], self.device)
-        step = partial(self._step, of_image, of_caption)
+        ropes = _ropes(
+            self.config, latent.shape[-2], latent.shape[-1], caption.shape[1], self.device
+        )
+        step = partial(self._step, *ropes)
         output = self.graphs.run(key, step, latent, vectors, caption).clone()
         if self.device.type == "cuda":
             self._last_step, self._this_step = self._this_step, _event()
@@ -152,7 +153,7 @@ class FusedTransformer:
     def refine_caption(self, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption`: once per prompt, as one graph per bucket."""
         key = ("caption", self._owner, tuple(caption.shape))
-        rope = caption_rope(self.config, caption.shape[1], self.device)  # outside, as in `forward`
+        rope = _caption_rope(self.config, caption.shape[1], self.device)  # outside, as in `forward`
         return self.graphs.run(key, partial(self._refine, rope), caption, is_pad).clone()
 
     def describe(self) -> dict[str, object]:
@@ -194,7 +195,7 @@ class FusedTransformer:
         final: Tensor = self._final.adaLN_modulation(time)
         return torch.cat([vectors.flatten(0, 1), 1 + final.float()])[None].contiguous()
 
-    def _refine(self, rope: Tensor, caption: Tensor, is_pad: Tensor) -> Tensor:
+    def _refine(self, rope: Rope, caption: Tensor, is_pad: Tensor) -> Tensor:
         """`ZImageTransformer.refine_caption` by the fused blocks. rope: the caption's."""
         x: Tensor = self.transformer.cap_embedder(caption)
         x = torch.where(is_pad[..., None], self.transformer.cap_pad_token, x)
@@ -202,8 +203,8 @@ class FusedTransformer:
 
     def _step(
         self,
-        of_image: Tensor,
-        of_caption: Tensor,
+        of_image: Rope,
+        of_all: Rope,
         latent: Tensor,
         vectors: Tensor,
         caption: Tensor,
@@ -211,13 +212,12 @@ class FusedTransformer:
         height, width = latent.shape[-2:]
         num_image = (height // PATCH) * (width // PATCH)
         x: Tensor = self.transformer.all_x_embedder[PATCH_KEY](patchify(latent.to(self.dtype)))
-        if (missing := len(of_image) - num_image) > 0:
+        if (missing := len(of_image.table) - num_image) > 0:
             x = torch.cat([x, self.transformer.x_pad_token.expand(len(x), missing, -1)], dim=1)
         scales = self._attention_scales(vectors, len(x))
         x = self._blocks(self.refiner, x, of_image, vectors, scales)
         x = torch.cat([x, caption.expand(len(x), -1, -1)], dim=1)
-        rope = torch.cat([of_image, of_caption])
-        x = self._blocks(self.layers, x, rope, vectors, scales)
+        x = self._blocks(self.layers, x, of_all, vectors, scales)
         scale = vectors[:, -1:]
         x = (F.layer_norm(x[:, :num_image].float(), x.shape[-1:], eps=1e-6) * scale).to(self.dtype)
         return unpatchify(self._final.linear(x), height, width).float()
@@ -241,7 +241,7 @@ class FusedTransformer:
         self,
         blocks: list[FusedBlock],
         x: Tensor,
-        rope: Tensor,
+        rope: Rope,
         vectors: Tensor,
         scales: Tensor | None,
     ) -> Tensor:
@@ -270,10 +270,13 @@ class FusedTransformer:
         raise AssertionError("the last block returns")
 
     def _attend(
-        self, block: FusedBlock, normed: Activation, x: Tensor, rope: Tensor, scale: Tensor | None
+        self, block: FusedBlock, normed: Activation, x: Tensor, rope: Rope, scale: Tensor | None
     ) -> Tensor:
-        qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
-        heads = qk_norm_rope(qkv, block.norm_q, block.norm_k, rope, 1e-5, scale)
+        if scale is None:
+            heads = block.to_qkv.heads(normed, block.norms, rope)
+        else:
+            qkv = block.to_qkv(normed).reshape(*x.shape[:2], -1)
+            heads = qk_norm_rope(qkv, block.norms, rope.table, scale)
         if self.attention.write is not None:
             return block.to_out(self.attention.write(*heads, block.to_out.reads))
         run, run_codes = self.attention.run, self.attention.run_codes
@@ -291,8 +294,36 @@ def _reach(block: FusedBlock, head_dim: int) -> Tensor:
         every = linear.weight_scale.expand(3 * rows)
         lengths = lengths * every[-rows:]
     v = math.sqrt(dim) * lengths.reshape(-1, head_dim).amax(1)
-    q, k = (reach_of_norm(weight).expand_as(v) for weight in (block.norm_q, block.norm_k))
+    q, k = (
+        reach_of_norm(weight).expand_as(v)
+        for weight in (block.norms.weight_q, block.norms.weight_k)
+    )
     return torch.stack([q, k, v])
+
+
+# As `image_rope` and `caption_rope` of the plain model: once per size, on the CPU, as ordinary
+# tensors.
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _ropes(
+    config: ZImageConfig, height: int, width: int, caption_tokens: int, device: torch.device
+) -> tuple[Rope, Rope]:
+    """Of a picture's tokens, and of these with the caption behind them."""
+    of_image = image_positions(height, width, caption_tokens)
+    of_all = torch.cat([of_image, caption_positions(caption_tokens)])
+    image, everything = (
+        Rope.of(positions, config.axes_dims, config.rope_theta).to(device)
+        for positions in (of_image, of_all)
+    )
+    return image, everything
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _caption_rope(config: ZImageConfig, tokens: int, device: torch.device) -> Rope:
+    return Rope.of(caption_positions(tokens), config.axes_dims, config.rope_theta).to(device)
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:

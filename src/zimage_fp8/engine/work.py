@@ -129,13 +129,15 @@ def plain_format(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
-def _is_gated_at_once(pipeline: Pipeline, stack: str, index: int, tokens: int) -> bool:
-    """Whether the gate is a part of w13's product, and no kernel of its own."""
+def _done_at_once(pipeline: Pipeline, stack: str, index: int, tokens: int) -> tuple[bool, bool]:
+    """Whether w13's gate, and the norm and rotation of to_qkv's heads, are a part of their product
+    and no kernel of their own."""
     denoiser = pipeline.denoiser
     if not isinstance(denoiser, FusedTransformer):
-        return False
-    blocks = {"noise_refiner": denoiser.refiner, "layers": denoiser.layers}[stack]
-    return blocks[index].w13.gates_at_once(tokens) is not None
+        return False, False
+    block = {"noise_refiner": denoiser.refiner, "layers": denoiser.layers}[stack][index]
+    turns = denoiser.attention.run_codes is None and block.to_qkv.turns_at_once(tokens) is not None
+    return block.w13.gates_at_once(tokens) is not None, turns
 
 
 def _padded(tokens: int) -> int:
@@ -174,9 +176,11 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
             # next; the first norm of a stack has no residual to share its reading of x with.
             normed = reads["attention.to_q"] + reads["feed_forward.w1"]
             kernels["_norm_kernel"] += dim * (normed + 6 * wide + (0 if index else wide))
-            # q and k, read and written; for attention on codes v too, written in 8 bits.
-            kernels["_qk_norm_rope_kernel"] += dim * (3 * wide + 3 if codes else 4 * wide)
-            if not _is_gated_at_once(pipeline, stack, index, tokens):
+            gates, turns = _done_at_once(pipeline, stack, index, tokens)
+            if not turns:
+                # q and k, read and written; for attention on codes v too, written in 8 bits.
+                kernels["_qk_norm_rope_kernel"] += dim * (3 * wide + 3 if codes else 4 * wide)
+            if not gates:
                 kernels["_gated_kernel"] += ffn * (2 * wide + (1 if w2 else wide))
             elif w2 and not w2.is_static:
                 kernels["_encode_kernel"] += ffn * (wide + 1)

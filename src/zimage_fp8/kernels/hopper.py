@@ -14,6 +14,7 @@ from torch import Tensor
 from zimage_fp8.kernels import nvrtc
 from zimage_fp8.kernels.language import HAS_TRITON
 
+HEADERS = ("hopper.cuh", "head_product.cuh")
 SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may have
 # Registers a thread, of 65,536: the copying warpgroup gives to the two or three multiplying ones.
 REGISTERS = {2: (24, 240), 3: (32, 160)}
@@ -53,12 +54,20 @@ def hopper_refusal(device: torch.device) -> str | None:
 
 
 def product(
-    name: str, sums: tuple[str, str, int], types: str, *, flags: str = "", a: str = "descriptor"
+    name: str,
+    sums: tuple[str, str, int],
+    types: str,
+    *,
+    flags: str = "",
+    a: str = "descriptor",
+    adds: bool = True,
 ) -> str:
     """CUDA C++ of a function that issues one wgmma. sums: type, constraint and count of a thread's
-    registers; types: behind `m64`; a: `descriptor` of shared memory, or `registers`."""
+    registers; types: behind `m64`; a: `descriptor` of shared memory, or `registers`; adds: whether
+    it can add to the sums (its last argument says so) or only set them, whatever they were."""
     kind, constraint, count = sums
-    results = ", ".join(f'"+{constraint}"(sums[{i}])' for i in range(count))
+    access = "+" if adds else "="
+    results = ", ".join(f'"{access}{constraint}"(sums[{i}])' for i in range(count))
     if a == "descriptor":
         declared, inputs, left = "u64 a", '"l"(a)', f"%{count}"
     else:
@@ -66,13 +75,14 @@ def product(
         inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
         left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
     b = count + (1 if a == "descriptor" else 4)
+    argument, value, given = (", int adds", f"%{b + 1}", ', "r"(adds)') if adds else ("", "0", "")
     return f"""
         __device__ __forceinline__ void {name}(
-            {kind} (&sums)[{count}], {declared}, u64 b, int adds) {{
-            asm volatile("{{\\n.reg .pred adds;\\nsetp.ne.b32 adds, %{b + 1}, 0;\\n"
+            {kind} (&sums)[{count}], {declared}, u64 b{argument}) {{
+            asm volatile("{{\\n.reg .pred adds;\\nsetp.ne.b32 adds, {value}, 0;\\n"
                 "wgmma.mma_async.sync.aligned.m64{types}"
                 " {{{", ".join(f"%{i}" for i in range(count))}}}, {left}, %{b}, adds{flags};\\n}}"
-                : {results} : {inputs}, "l"(b), "r"(adds));
+                : {results} : {inputs}, "l"(b){given});
         }}"""
 
 
@@ -87,10 +97,12 @@ def compiled(program: Program) -> bytes:
     return nvrtc.compiled(
         program.name,
         (folder / f"{program.name}.cu").read_text(),
-        {"hopper.cuh": (folder / "hopper.cuh").read_text(), "products.cuh": program.header()},
+        {name: (folder / name).read_text() for name in HEADERS}
+        | {"products.cuh": program.header()},
         [
             "--gpu-architecture=sm_90a",
             "--std=c++17",
+            "--device-as-default-execution-space",  # before 13.1, generic lambdas are host code
             *(f"-D{name}={value}" for name, value in constants.items()),
         ],
     )
@@ -139,14 +151,15 @@ def tensor_map(x: Tensor, box: Sequence[int]) -> TensorMap:
     return place
 
 
-Argument = TensorMap | Tensor | int | float | None
-Value = TensorMap | ctypes.c_void_p | ctypes.c_int | ctypes.c_float
+Argument = ctypes.Structure | Tensor | int | float | None
+Value = ctypes.Structure | ctypes.c_void_p | ctypes.c_int | ctypes.c_float
 
 
 def launch(
     program: Program, blocks: int, arguments: Sequence[Argument], device: torch.device
 ) -> None:
-    """On the current stream. A tensor is handed over as its address, a number as 32 bits."""
+    """On the current stream. A tensor is handed over as its address, a number as 32 bits, a
+    structure as it is."""
     values = [_value(argument) for argument in arguments]
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     assert device.index is not None
@@ -164,7 +177,7 @@ def launch(
 
 
 def _value(argument: Argument) -> Value:
-    if isinstance(argument, TensorMap):
+    if isinstance(argument, ctypes.Structure):
         return argument
     if isinstance(argument, int):
         return ctypes.c_int(argument)

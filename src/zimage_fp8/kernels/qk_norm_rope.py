@@ -6,6 +6,7 @@ own. Exactness: as `kernels.norm`, an fp32 ulp before the one rounding.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,33 +20,41 @@ from zimage_fp8.numerics import DTYPE, QMAX, quantize
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """The RMS norms of q's and k's heads. Weights: [head_dim]. by_lane: both as a lane of the fused
+    kernel reads them, which holds one pair in four: [2, 4, head_dim / 8, 2], or None where a head
+    is no multiple of eight."""
+
+    weight_q: Tensor
+    weight_k: Tensor
+    eps: float
+    by_lane: Tensor | None = field(init=False)  # made here: a graph must not be what makes it
+
+    def __post_init__(self) -> None:
+        both = torch.stack([self.weight_q, self.weight_k])
+        whole = both.shape[1] % 8 == 0
+        by_lane = both.reshape(2, -1, 4, 2).transpose(1, 2).contiguous() if whole else None
+        object.__setattr__(self, "by_lane", by_lane)
+
+
 def qk_norm_rope(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    table: Tensor,
-    eps: float,
-    scale: Tensor | None = None,
+    qkv: Tensor, norms: HeadNorms, table: Tensor, scale: Tensor | None = None
 ) -> Heads:
-    """qkv: [batch, tokens, 3 · heads · head_dim]; weights: [head_dim]; table: fp32
-    [tokens, head_dim / 2, 2]; scale: fp32 [3, batch, heads], of q, k and v, or None for values of
-    qkv's dtype. Returns q, k, v: [batch, tokens, heads, head_dim], E4M3 codes under `scale`; on the
-    GPU values without a scale are views of qkv, which is overwritten."""
+    """qkv: [batch, tokens, 3 · heads · head_dim]; table: fp32 [tokens, head_dim / 2, 2]; scale:
+    fp32 [3, batch, heads], of q, k and v, or None for values of qkv's dtype. Returns q, k, v:
+    [batch, tokens, heads, head_dim], E4M3 codes under `scale`; on the GPU values without a scale
+    are views of qkv, which is overwritten."""
     run = qk_norm_rope_triton if runs_triton(qkv) else qk_norm_rope_reference
-    return run(qkv, weight_q, weight_k, table, eps, scale)
+    return run(qkv, norms, table, scale)
 
 
 def qk_norm_rope_reference(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    table: Tensor,
-    eps: float,
-    scale: Tensor | None = None,
+    qkv: Tensor, norms: HeadNorms, table: Tensor, scale: Tensor | None = None
 ) -> Heads:
-    q, k, v = _heads(qkv, len(weight_q))
-    q = apply_rope(rms_norm(q.float(), weight_q, eps), table)
-    k = apply_rope(rms_norm(k.float(), weight_k, eps), table)
+    q, k, v = split_heads(qkv, len(norms.weight_q))
+    q = apply_rope(rms_norm(q.float(), norms.weight_q, norms.eps), table)
+    k = apply_rope(rms_norm(k.float(), norms.weight_k, norms.eps), table)
     if scale is None:
         return q.to(qkv.dtype), k.to(qkv.dtype), v
     of_q, of_k, of_v = scale[:, :, None, :, None]
@@ -53,28 +62,23 @@ def qk_norm_rope_reference(
 
 
 def qk_norm_rope_triton(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    table: Tensor,
-    eps: float,
-    scale: Tensor | None = None,
+    qkv: Tensor, norms: HeadNorms, table: Tensor, scale: Tensor | None = None
 ) -> Heads:
     batch, tokens, width = qkv.shape
-    head_dim = len(weight_q)
+    head_dim = len(norms.weight_q)
     heads = width // (3 * head_dim)
     out = qkv if scale is None else torch.empty_like(qkv, dtype=DTYPE["e4m3"])
     _qk_norm_rope_kernel[(batch * tokens,)](
         qkv,
         out,
-        weight_q,
-        weight_k,
+        norms.weight_q,
+        norms.weight_k,
         table,
         qkv if scale is None else scale,  # without one it is not read
         batch,
         tokens,
         width,
-        eps,
+        norms.eps,
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_HEADS=next_power_of_2(2 * heads),
@@ -82,18 +86,19 @@ def qk_norm_rope_triton(
         QMAX=QMAX["e4m3"],
         num_warps=8 if width > 4096 else 4,
     )
-    return _heads(out, head_dim)
+    return split_heads(out, head_dim)
+
+
+def split_heads(qkv: Tensor, head_dim: int) -> Heads:
+    """[batch, tokens, 3 · heads · head_dim] as q, k and v, [batch, tokens, heads, head_dim]."""
+    q, k, v = qkv.reshape(*qkv.shape[:2], 3, -1, head_dim).unbind(2)
+    return q, k, v
 
 
 def reach_of_norm(weight: Tensor) -> Tensor:
     """The largest magnitude that a head can have here, fp32 []: an RMS norm leaves a vector of
     length √head_dim at most, and the rotation keeps the length of each pair."""
     return math.sqrt(len(weight)) * weight.float().abs().amax()
-
-
-def _heads(qkv: Tensor, head_dim: int) -> Heads:
-    q, k, v = qkv.reshape(*qkv.shape[:2], 3, -1, head_dim).unbind(2)
-    return q, k, v
 
 
 @triton.jit

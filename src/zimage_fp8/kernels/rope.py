@@ -1,9 +1,56 @@
 """Rotary position embedding over three axes (caption position, row, column), interleaved pairs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BLOCK = 8  # channels whose pairs four lanes of a warp hold
+PLACE_BITS = 10
+PLACES = 1 << PLACE_BITS  # along an axis, what a kernel counts with
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How every token's heads are rotated.
+
+    table: fp32 [tokens, head_dim / 2, 2], of `rope_table`. The same by axis, for a kernel that
+    cannot afford to read a row per token: along: fp32 [head_dim / 16, PLACES, 4, 2, 2], the
+    rotations of the four pairs of two blocks at every place of the blocks' axis; positions: int32
+    [tokens], the places along three axes, the first in the lowest PLACE_BITS; both None where
+    places are more than PLACES. axes: the blocks at which the second and the third axis begin.
+    """
+
+    table: Tensor
+    along: Tensor | None = None
+    positions: Tensor | None = None
+    axes: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, positions: Tensor, axes_dims: Sequence[int], theta: float) -> "Rope":
+        """positions: [tokens, 3] integers from 0; the rest as `rope_table`."""
+        table = rope_table(positions, axes_dims, theta)
+        if positions.amax() >= PLACES or any(dim % (2 * BLOCK) for dim in axes_dims):
+            return cls(table)
+        places = torch.arange(PLACES, device=positions.device)[:, None].expand(-1, 3)
+        of_blocks = rope_table(places, axes_dims, theta).reshape(PLACES, -1, 2, BLOCK // 2, 2)
+        along = of_blocks.permute(1, 0, 3, 2, 4).contiguous()
+        shifts = PLACE_BITS * torch.arange(3, device=positions.device)
+        packed = (positions << shifts).sum(1).to(torch.int32)
+        return cls(table, along, packed, first_blocks(axes_dims))
+
+    def to(self, device: torch.device) -> "Rope":
+        along, positions = (
+            None if it is None else it.to(device) for it in (self.along, self.positions)
+        )
+        return Rope(self.table.to(device), along, positions, self.axes)
+
+
+def first_blocks(axes_dims: Sequence[int]) -> tuple[int, int]:
+    """The blocks of eight channels at which the second and the third of three axes begin."""
+    first, second, _ = axes_dims
+    return first // BLOCK, (first + second) // BLOCK
 
 
 def rope_table(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tensor:

@@ -1,4 +1,5 @@
-// A linear layer's matrix product on Hopper, with its scales and, for the feed-forward, its gate:
+// A linear layer's matrix product on Hopper, with its scales and with what follows it: the gate of
+// the feed-forward, or the norm and rotation of attention's heads (`head_product.cuh`).
 // out = (left right^T) * x_scale * weight_scale, or silu of its first half times its second.
 //
 // Persistent and warp-specialized: one thread of the last warpgroup copies tiles of both operands
@@ -17,6 +18,7 @@ constexpr int LEFT_BYTES = M * K_BYTES;
 constexpr int STAGE_BYTES = LEFT_BYTES + N * K_BYTES;
 // Two scalars are multiplied with each other once, except where results are promised bit for bit.
 constexpr bool ONE_FACTOR = !PER_TOKEN && !PER_CHANNEL && !EXACT_SUMS;
+template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 constexpr int WIDTH = GATED ? N / 2 : N;  // columns that a tile writes
 
 // At the barrier of every program in the cluster, one lane for each. What it says, that wgmma has
@@ -30,12 +32,6 @@ __device__ __forceinline__ void arrive(u32 barrier, u32 program) {
         "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
         :: "r"(barrier), "r"(program) : "memory");
 #endif
-}
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return CLUSTER == 1 ? 0 : rank;
 }
 
 __device__ __forceinline__ void meet() {
@@ -88,19 +84,24 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return TO_CODES ? pack_e4m3(low, high) : pack_bf16(low, high);
 }
 
+#include "head_product.cuh"
+
 // left [rows, depth], right [columns, depth], or [2, columns, depth] with a gate, of `steps` times
 // 128 bytes; out [rows, columns]. Tiles are walked `group` rows of them before the next column.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ TensorMap right,
             void *out, const float *x_scale, const float *weight_scale, const float *out_scale,
-            int rows, int columns, int steps, int group) {
+            int rows, int columns, int steps, int group, const Heads heads) {
     extern __shared__ u8 memory[];
     const u32 start = shared_address(memory);
     const u32 stages = (start + 1023) & ~1023u;  // what a swizzle repeats after
     const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
     float *scales = reinterpret_cast<float *>(memory + (empty + 8 * STAGES - start));
+#if HEADS
+    Exchange exchange(empty + 8 * STAGES + 2 * WARPGROUPS * N * 4);
+#endif
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int rank = rank_in_cluster();
+    const int rank = blockIdx.x % CLUSTER;
     const int tiles_m = (rows + M - 1) / M;
     const int tiles_n = (columns + WIDTH * CLUSTER - 1) / (WIDTH * CLUSTER);  // of a cluster
 
@@ -109,6 +110,9 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             init(full + 8 * i, 1);
             init(empty + 8 * i, 4 * WARPGROUPS * CLUSTER);  // each warp: its wgmma is done
         }
+#if HEADS
+        exchange.init_barriers();
+#endif
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     meet();
@@ -161,6 +165,12 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
         if (PER_TOKEN)
             for (int half = 0; half < 2; ++half)
                 of_row[half] = load_early(x_scale + min(row + 8 * half, rows - 1));
+#if HEADS
+        u32 positions[2];
+        #pragma unroll
+        for (int half = 0; half < 2; ++half)
+            positions[half] = load_early(heads.positions + min(row + 8 * half, rows - 1) % heads.tokens);
+#endif
         // Of two buffers, since a fast warp may be a tile ahead.
         float *of_columns = scales + (count % 2 * WARPGROUPS + warpgroup) * N;
         if (PER_CHANNEL) {
@@ -171,20 +181,26 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                        "l"(weight_scale + column) : "memory");
             }
         }
-        int before = 0;
-        for (int k = 0; k < steps; ++k, turn.advance(STAGES)) {
+        const auto multiply_step = [&](auto first) {
             wait(full + 8 * turn.stage, turn.parity);
             const u32 at = stages + turn.stage * STAGE_BYTES;
             const u64 a = descriptor(at + warpgroup * 64 * K_BYTES), b = descriptor(at + LEFT_BYTES);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            if constexpr (first.value) multiply_first(sums, a, b);
+            else multiply(sums, a, b, 1);
             #pragma unroll
-            for (int part = 0; part < 4; ++part)  // of 32 bytes
-                multiply(sums, a + 2 * part, b + 2 * part, k + part);
+            for (int part = 1; part < 4; ++part)  // of 32 bytes
+                multiply(sums, a + 2 * part, b + 2 * part, 1);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            if (k) {  // one step multiplies while the stage of the one before is given back
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (lane < CLUSTER) arrive(empty + 8 * before, lane);
-            }
+        };
+        multiply_step(Constant<true>{});
+        int before = turn.stage;
+        turn.advance(STAGES);
+        for (int k = 1; k < steps; ++k, turn.advance(STAGES)) {
+            multiply_step(Constant<false>{});
+            // One step multiplies while the stage of the one before is given back.
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (lane < CLUSTER) arrive(empty + 8 * before, lane);
             before = turn.stage;
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -196,6 +212,47 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
             asm volatile("bar.sync %0, 128;" :: "r"(1 + warpgroup) : "memory");
         }
 
+        // 32 columns of two rows, packed: a lane gathers eight columns of its row and writes them.
+        const auto store = [&](int unit, u32 (&packed)[2][4]) {
+            const int column = n + 32 * unit + 8 * quad;
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32(&of)[4] = packed[half];
+                gather(of, lane & 1, lane & 2);
+                if (row + 8 * half >= rows || column >= columns) continue;
+                const long long to = static_cast<long long>(row + 8 * half) * columns + column;
+                if (TO_CODES)
+                    *reinterpret_cast<uint2 *>(static_cast<u8 *>(out) + to) =
+                        {of[0] | of[1] << 16, of[2] | of[3] << 16};
+                else
+                    *reinterpret_cast<uint4 *>(static_cast<u16 *>(out) + to) =
+                        {of[0], of[1], of[2], of[3]};
+            }
+        };
+#if HEADS
+        float factor[2];
+        #pragma unroll
+        for (int half = 0; half < 2; ++half)
+            factor[half] = of_row[half] * (PER_CHANNEL || ONE_FACTOR ? 1.0f : of_all);
+        #pragma unroll
+        for (int block = 0; block < N / 8; ++block) {
+            float2 of_column = {1.0f, 1.0f};
+            if (PER_CHANNEL)
+                of_column = *reinterpret_cast<float2 *>(of_columns + 8 * block + 2 * quad);
+            #pragma unroll
+            for (int i = 4 * block; i < 4 * block + 4; ++i)
+                put(sums[i], static_cast<float>(sums[i]) * (i % 2 ? of_column.y : of_column.x));
+        }
+        // The first third of the columns are queries, the second keys. Both programs of a cluster
+        // are in the same third, which the shuffle tells the compiler is the same for all lanes.
+        const int third = __shfl_sync(~0u, 3 * (n - rank * N) / columns, 0);
+        if (third < 2) {
+            const uint4 *weights = heads.weights + third * HEAD / 8;
+            if (rank) norm_and_turn<1>(sums, factor, weights, positions, heads, exchange, store);
+            else norm_and_turn<0>(sums, factor, weights, positions, heads, exchange, store);
+            continue;
+        }
+#endif
         #pragma unroll
         for (int unit = 0; unit < WIDTH / 32; ++unit) {
             u32 packed[2][4];
@@ -211,6 +268,10 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float2 y[GATED + 1];
+#if HEADS
+                    y[0] = {get(sums[4 * j + 2 * half]) * factor[half],
+                            get(sums[4 * j + 2 * half + 1]) * factor[half]};
+#else
                     #pragma unroll
                     for (int part = 0; part <= GATED; ++part) {
                         const int at = part * N / 4 + 4 * j + 2 * half;
@@ -224,6 +285,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                             y[part].y *= of_column[part].y;
                         }
                     }
+#endif
                     if (GATED) {
                         y[0].x = silu(y[0].x) * y[GATED].x;
                         y[0].y = silu(y[0].y) * y[GATED].y;
@@ -235,20 +297,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                     packed[half][block] = pack(y[0].x, y[0].y);
                 }
             }
-            const int column = n + 32 * unit + 8 * quad;
-            #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                u32(&of)[4] = packed[half];
-                gather(of, lane & 1, lane & 2);
-                if (row + 8 * half >= rows || column >= columns) continue;
-                const long long to = static_cast<long long>(row + 8 * half) * columns + column;
-                if (TO_CODES)
-                    *reinterpret_cast<uint2 *>(static_cast<u8 *>(out) + to) =
-                        {of[0] | of[1] << 16, of[2] | of[3] << 16};
-                else
-                    *reinterpret_cast<uint4 *>(static_cast<u16 *>(out) + to) =
-                        {of[0], of[1], of[2], of[3]};
-            }
+            store(unit, packed);
         }
     }
     __syncwarp();

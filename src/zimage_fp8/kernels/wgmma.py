@@ -1,5 +1,5 @@
 """Matrix products on Hopper by a kernel of CUDA C++ (`wgmma.cu`): BF16, E4M3 and INT8, any scales,
-with the feed-forward's gate inside or without.
+with the feed-forward's gate inside or without, or with the norm and rotation of attention's heads.
 
 Tiles have 192 rows, three warpgroups of 64, which Triton's powers of two do not offer. The products
 of this model then come out even: 2,112 tokens are 11 tiles, 11,520 columns 60 of 192 and 3,840
@@ -11,6 +11,7 @@ Exactness. INT8 sums are exact, so plain results equal the reference bit for bit
 as Hopper does it fast. A gate and its value are not rounded between product and gate.
 """
 
+import ctypes
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,9 +27,13 @@ from zimage_fp8.kernels.activation import (
 )
 from zimage_fp8.kernels.hopper import REGISTERS, SHARED_MEMORY, launch, product, tensor_map
 from zimage_fp8.kernels.language import multiprocessors
+from zimage_fp8.kernels.qk_norm_rope import HeadNorms
+from zimage_fp8.kernels.rope import PLACE_BITS, PLACES, Rope
 from zimage_fp8.kernels.tile import Tile
 
 WGMMA_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11)
+HEADS_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11, cluster=2)
+HEAD_DIM = 128
 K_BYTES = 128
 _HEIGHTS = [64 * count for count in REGISTERS]
 # Type of sums, constraint of their registers, operand types, flags behind the operands.
@@ -55,6 +60,9 @@ class Program:
     scaled: bool = False
     per_token: bool = False
     per_channel: bool = False
+    # With attention's norm and rotation: the blocks of eight channels at which the second and the
+    # third axis of the rotation begin.
+    heads: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         step = 64 if self.gated else 32  # what four lanes write together, twice with a gate
@@ -62,6 +70,11 @@ class Program:
             raise ValueError(
                 f"a tile of {self.m} x {self.n}: expected {' or '.join(map(str, _HEIGHTS))} rows "
                 f"and a multiple of {step} columns up to 256"
+            )
+        if self.heads and (self.n, self.cluster) != (HEADS_TILE.n, HEADS_TILE.cluster):
+            raise ValueError(
+                f"a tile of {self.n} columns in clusters of {self.cluster}: heads of {HEAD_DIM} "
+                f"channels want {HEADS_TILE.n} in clusters of {HEADS_TILE.cluster}"
             )
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(
@@ -80,9 +93,11 @@ class Program:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes: alignment, stages with two barriers each, two rows of scales per warpgroup."""
+        """Bytes: alignment, stages with two barriers each, two rows of scales per warpgroup, and
+        for heads two sums for each row with a barrier per 16."""
         stage = (self.m + self.n) * K_BYTES + 16
-        return 1024 + self.stages * stage + 2 * self.warpgroups * self.n * 4
+        exchange = 2 * self.m * 4 + self.m // 16 * 8 if self.heads else 0
+        return 1024 + self.stages * stage + 2 * self.warpgroups * self.n * 4 + exchange
 
     def constants(self) -> dict[str, int]:
         return {
@@ -96,13 +111,33 @@ class Program:
             "PER_TOKEN": int(self.per_token),
             "PER_CHANNEL": int(self.per_channel),
             "EXACT_SUMS": int(self.dtype == torch.int8),
+            "HEADS": int(self.heads is not None),
+            "PLACES": PLACES,
+            "PLACE_BITS": PLACE_BITS,
+            "FIRST_BLOCK_2": self.heads[0] if self.heads else 0,
+            "FIRST_BLOCK_3": self.heads[1] if self.heads else 0,
         }
 
     def header(self) -> str:
         """`multiply`: its sums are as many registers as the tile has columns, halved."""
         kind, constraint, types, flags = WGMMA[self.dtype]
         sums = (kind, constraint, self.n // 2)
-        return f"typedef {kind} Sum;" + product("multiply", sums, f"n{self.n}{types}", flags=flags)
+        types = f"n{self.n}{types}"
+        first = product("multiply_first", sums, types, flags=flags, adds=False)
+        return f"typedef {kind} Sum;" + first + product("multiply", sums, types, flags=flags)
+
+
+class Heads(ctypes.Structure):
+    """`Heads` of head_product.cuh: what norm and rotation read."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "rotations", "positions")),
+        ("tokens", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    )
+
+
+NO_HEADS = Heads()
 
 
 def _check_shapes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -127,7 +162,7 @@ def wgmma(
     for other types, widths that are no multiple of 16, and tiles that do not fit."""
     _check_shapes(x.values, weight, dtype)
     out = empty_activation(len(x.values), len(weight), PLAIN, x.values.new_empty(0, dtype=dtype))
-    _launch(x, weight, weight_scale, out, tile or WGMMA_TILE, gated=False)
+    _launch(x, weight, weight_scale, out, tile or WGMMA_TILE)
     return out.values
 
 
@@ -148,6 +183,31 @@ def wgmma_gated(
     return result if written is out else encode(result.values, out)
 
 
+def wgmma_heads(
+    x: Activation,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    norms: HeadNorms,
+    rope: Rope,
+    tile: Tile | None = None,
+) -> Tensor:
+    """As `head_product`, BF16, under the conditions of `wgmma`."""
+    _check_shapes(x.values, weight, norms.weight_q.dtype)
+    assert norms.by_lane is not None
+    assert rope.along is not None
+    assert rope.positions is not None
+    out = empty_activation(len(x.values), len(weight), PLAIN, norms.weight_q)
+    after = Heads(
+        norms.by_lane.data_ptr(),
+        rope.along.data_ptr(),
+        rope.positions.data_ptr(),
+        len(rope.positions),
+        norms.eps,
+    )
+    _launch(x, weight, weight_scale, out, tile or HEADS_TILE, heads=rope.axes, after=after)
+    return out.values
+
+
 def program_for(
     weight: Tensor,
     weight_scale: Tensor | None,
@@ -156,6 +216,7 @@ def program_for(
     per_token: bool,
     gated: bool = False,
     to_codes: bool = False,
+    heads: tuple[int, int] | None = None,
 ) -> Program:
     """What a product by `weight` runs. per_token: whether its input has a scale per token."""
     return Program(
@@ -169,6 +230,7 @@ def program_for(
         scaled=weight_scale is not None,
         per_token=per_token,
         per_channel=weight_scale is not None and weight_scale.ndim > 0,
+        heads=heads,
     )
 
 
@@ -179,7 +241,9 @@ def _launch(
     out: Activation,
     tile: Tile,
     *,
-    gated: bool,
+    gated: bool = False,
+    heads: tuple[int, int] | None = None,
+    after: Heads = NO_HEADS,
 ) -> None:
     (rows, depth), columns = x.values.shape, out.values.shape[1]
     program = program_for(
@@ -189,6 +253,7 @@ def _launch(
         per_token=x.scale is not None and x.scale.ndim > 0,
         gated=gated,
         to_codes=out.scale is not None,
+        heads=heads,
     )
     left = tensor_map(x.values, [K_BYTES, program.m // program.cluster])
     right = (
@@ -203,6 +268,6 @@ def _launch(
     launch(
         program,
         min(clusters, at_once) * program.cluster,
-        [left, right, *tensors, rows, columns, steps, tile.group],
+        [left, right, *tensors, rows, columns, steps, tile.group, after],
         x.values.device,
     )
