@@ -1,11 +1,13 @@
 """Tables of docs/engine.md: a block's arithmetic, and what was measured of the engine on a GPU."""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from zimage_fp8.bench.table import markdown_table
+from zimage_fp8.engine.gemm import HEADS
 from zimage_fp8.engine.profile import group_of
 from zimage_fp8.layout import ZImageConfig
 
@@ -137,6 +139,31 @@ def kernels_table(results: Path) -> str:
     if "fused" in found:  # they come last: a run that ended early has none
         table += f"\n\n{_fused_table(found['fused'])}"
     return _with_facts(found, table, "Single kernels on random data", random=False)
+
+
+def heads_table(results: Path) -> str:
+    """to_qkv with norm and rotation of its heads, in one kernel and in two."""
+    found = _read(results / "kernels-heads.json")
+    if found is None:
+        return NOT_YET
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for row in found["gemm"]:
+        of_shape = rows.setdefault((row["kind"].removesuffix(HEADS), row["rows"]), {})
+        name = f"{row['tile']['m']} × {row['tile']['n']}" if row["tile"] else "two kernels"
+        if "us" in row:
+            sustained = f"{row['sustained_us']:.0f}" if "sustained_us" in row else "–"
+            of_shape[name] = f"{row['us']:.0f}, {sustained}"
+    names = list(dict.fromkeys(name for of_shape in rows.values() for name in of_shape))
+    body = [
+        [kind, f"{count:,}", *(of_shape.get(name, "") for name in names)]
+        for (kind, count), of_shape in rows.items()
+    ]
+    head = ["format", "rows", *(f"{name}, µs" for name in names)]
+    table = markdown_table(head, body)
+    table += (
+        "\n\nIn bursts, and back to back at the power limit; tiles of one kernel by their size."
+    )
+    return _with_facts(found, table, "`to_qkv`, norm and rotation, on random data", random=False)
 
 
 def _times(row: dict[str, Any]) -> tuple[float, float]:
@@ -330,7 +357,7 @@ def _with_facts(found: dict[str, Any], table: str, what: str, *, random: bool = 
 
 
 def _facts(found: dict[str, Any]) -> str:
-    return f"commit {found['commit']} · `python benchmarks/{' '.join(found['command'])}`"
+    return f"commit {found['commit']} · `python benchmarks/{shlex.join(found['command'])}`"
 
 
 def _megabytes(num_bytes: float) -> str:

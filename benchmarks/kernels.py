@@ -329,7 +329,7 @@ def heads_shape(kind: str, rows: int, config: ZImageConfig) -> list[dict[str, ob
     position = torch.arange(rows)
     positions = torch.stack([position * 0 + 65, position // width, position % width], dim=1)
     ropes = [
-        Rope.of(positions[:count], config.axes_dims, config.rope_theta).to(DEVICE)
+        Rope.of(positions[:count], config.axes_dims, config.rope_theta, DEVICE)
         for count in (rows, 128)
     ]
     x, weight, scale = sets[0]

@@ -355,6 +355,7 @@ BLOCKS: dict[str, Renderer] = {
     "nano-evaluation": evaluation_table,
     "engine-attention": engine_tables.attention_table,
     "engine-block": engine_tables.block_table,
+    "engine-heads": engine_tables.heads_table,
     "engine-kernels": engine_tables.kernels_table,
     "engine-baselines": engine_tables.baselines_table,
     "engine-ladder": engine_ladder,

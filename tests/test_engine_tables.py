@@ -48,6 +48,7 @@ TABLES = (
     (engine_tables.loops_table, "engine.json"),
     (engine_tables.attention_table, "engine-attention.json"),
     (engine_tables.kernels_table, "kernels.json"),
+    (engine_tables.heads_table, "kernels-heads.json"),
     (engine_tables.request_table, "gpu-request.json"),
     (engine_tables.baselines_table, "baselines.json"),
 )
@@ -125,6 +126,19 @@ def test_the_product_that_is_fastest_back_to_back_wins(tmp_path: Path) -> None:
 def test_a_run_that_ended_before_the_fused_kernels_shows_its_products(tmp_path: Path) -> None:
     write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0, "tflops": 1661.0}])
     assert "| `w2` | e4m3-scalar | 2,112 | cublas |" in engine_tables.kernels_table(tmp_path)
+
+
+def test_heads_in_one_kernel_stand_beside_two(tmp_path: Path) -> None:
+    row = GEMM | {"kind": "bf16-heads", "tile": None, "us": 248.0, "sustained_us": 286.4}
+    wide = row | {"tile": {"m": 192, "n": 192}, "us": 241.9, "sustained_us": 276.5}
+    short = {**GEMM, "kind": "bf16-heads", "tile": {"m": 128, "n": 192}, "us": 277.0}
+    refused = {**GEMM, "kind": "int8-heads", "tile": {"m": 128, "n": 192}, "refused": "why"}
+    rows = [row, wide, short, refused]
+    text = engine_tables.heads_table(write(tmp_path, "kernels-heads.json", gemm=rows))
+    assert "| format | rows | two kernels, µs | 192 × 192, µs | 128 × 192, µs |" in text
+    assert "| bf16 | 2,112 | 248, 286 | 242, 276 | 277, – |" in text
+    assert "| int8 | 2,112 |  |  |  |" in text
+    assert "**NVIDIA H200**" in text
 
 
 def test_targets_stand_beside_every_machine_that_was_measured(tmp_path: Path) -> None:

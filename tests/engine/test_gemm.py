@@ -36,6 +36,7 @@ from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW, QuantSpec
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
 
 CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
 SCALAR, VECTOR = torch.ones([]), torch.ones(8)
 
 
@@ -187,7 +188,7 @@ def test_what_cannot_run_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cpu_runs_the_reference() -> None:
-    assert choose(torch.device("cpu"), "e4m3-scalar", 2112, 11520, 3840) is None
+    assert choose(CPU, "e4m3-scalar", 2112, 11520, 3840) is None
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_heads_are_normed_by_their_product_where_that_was_faster(
     monkeypatch: pytest.MonkeyPatch, winner: str, described: str
 ) -> None:
     columns, norms = 3 * 384, HeadNorms(torch.ones(128).bfloat16(), torch.ones(128).bfloat16(), 0.1)
-    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (32, 48, 48), 256.0)
+    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (32, 48, 48), 256.0, CPU)
     table = [Choice("H", (9, 0), "e4m3-vector", 10, columns, 32, "cublas-row", None, 10.0)]
     heads = replace(table[0], kind="e4m3-vector" + HEADS, implementation=winner, tile=HEADS_TILE)
     monkeypatch.setattr(
@@ -363,7 +364,7 @@ def test_heads_are_normed_by_their_product_where_that_was_faster(
     programs = list(linear.programs(axes=rope.axes))
     assert [it.heads for it in programs] == ([] if winner == SEPARATE else [rope.axes])
     short = HeadNorms(torch.ones(64).bfloat16(), torch.ones(64).bfloat16(), 0.1)
-    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (16, 24, 24), 256.0)
+    rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (16, 24, 24), 256.0, CPU)
     linear.heads(encode_reference(torch.randn(5, 32), linear.reads, torch.float32), short, rope)
     assert linear.chosen[5] == "cublas-row", "the kernel has no tiles for heads of 64"
     choose.cache_clear()

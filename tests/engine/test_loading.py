@@ -120,8 +120,8 @@ def test_both_engines_draw_the_same_picture(dtype: str, least_db: float) -> None
 
 def test_the_fused_engine_rounds_no_more_than_the_plain_one() -> None:
     """In BF16, against fp32. On seeds 1 to 6 an Intel machine has 50.2 to 54.1 dB, where the plain
-    model has 50.7 to 52.6; an AMD one 53.1 to 54.4 and 51.0 to 52.5, but for seed 2: 47.6 and 47.0,
-    which on the other is the plain one's by half a decibel. It decides nothing, so it is left out."""
+    model has 50.7 to 52.6; an AMD one 53.1 to 54.4 and 51.0 to 52.5, but 47.6 and 47.0 on seed 2,
+    which on the other is the plain one's by half a decibel. It decides nothing and is left out."""
     requests = [ImageRequest(PROMPT, 256, 256, seed=seed) for seed in (1, 3)]
 
     def draw(engine: str, dtype: str) -> list[np.ndarray]:

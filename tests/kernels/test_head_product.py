@@ -17,6 +17,7 @@ from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import HEADS_TILE, Program
 from zimage_fp8.model.z_image import caption_positions, image_positions
 
+CPU = torch.device("cpu")
 AXES, THETA = (32, 48, 48), 256.0
 TILES = [HEADS_TILE, replace(HEADS_TILE, m=128, stages=5, group=3)]
 
@@ -26,7 +27,7 @@ def heads_of(size: tuple[int, int], caption: int, device: str = "cpu") -> tuple[
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(128, generator=generator).bfloat16().to(device) for _ in "qk"]
     positions = torch.cat([image_positions(*size, caption), caption_positions(caption)])
-    return HeadNorms(*weights, 1e-5), Rope.of(positions, AXES, THETA).to(torch.device(device))
+    return HeadNorms(*weights, 1e-5), Rope.of(positions, AXES, THETA, torch.device(device))
 
 
 def values_and_weight(
@@ -65,7 +66,7 @@ def test_what_does_not_fit_its_tiles_is_said() -> None:
     assert unfit(torch.zeros(3 * 384, 8), small, rope) is not None
     wide = HeadNorms(torch.zeros(128), torch.zeros(128), 1e-5)
     assert "torch.float32" in str(unfit(torch.zeros(3 * 384, 8), wide, rope))
-    far = Rope.of(torch.tensor([[PLACES, 0, 0]]), AXES, THETA)
+    far = Rope.of(torch.tensor([[PLACES, 0, 0]]), AXES, THETA, CPU)
     assert "places" in str(unfit(torch.zeros(3 * 384, 8), norms, far))
 
 

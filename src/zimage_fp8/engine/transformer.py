@@ -314,7 +314,7 @@ def _ropes(
     of_image = image_positions(height, width, caption_tokens)
     of_all = torch.cat([of_image, caption_positions(caption_tokens)])
     image, everything = (
-        Rope.of(positions, config.axes_dims, config.rope_theta).to(device)
+        Rope.of(positions, config.axes_dims, config.rope_theta, device)
         for positions in (of_image, of_all)
     )
     return image, everything
@@ -323,7 +323,7 @@ def _ropes(
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _caption_rope(config: ZImageConfig, tokens: int, device: torch.device) -> Rope:
-    return Rope.of(caption_positions(tokens), config.axes_dims, config.rope_theta).to(device)
+    return Rope.of(caption_positions(tokens), config.axes_dims, config.rope_theta, device)
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,23 +29,23 @@ class Rope:
     axes: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, positions: Tensor, axes_dims: Sequence[int], theta: float) -> "Rope":
-        """positions: [tokens, 3] integers from 0; the rest as `rope_table`."""
-        table = rope_table(positions, axes_dims, theta)
+    def of(
+        cls, positions: Tensor, axes_dims: tuple[int, ...], theta: float, device: torch.device
+    ) -> "Rope":
+        """On `device`. positions: [tokens, 3] integers from 0; the rest as `rope_table`."""
+        table = rope_table(positions, axes_dims, theta).to(device)
         if positions.amax() >= PLACES or any(dim % (2 * BLOCK) for dim in axes_dims):
             return cls(table)
-        places = torch.arange(PLACES, device=positions.device)[:, None].expand(-1, 3)
-        of_blocks = rope_table(places, axes_dims, theta).reshape(PLACES, -1, 2, BLOCK // 2, 2)
-        along = of_blocks.permute(1, 0, 3, 2, 4).contiguous()
-        shifts = PLACE_BITS * torch.arange(3, device=positions.device)
-        packed = (positions << shifts).sum(1).to(torch.int32)
-        return cls(table, along, packed, first_blocks(axes_dims))
+        packed = (positions << PLACE_BITS * torch.arange(3)).sum(1).to(device, torch.int32)
+        return cls(table, _along(axes_dims, theta, device), packed, first_blocks(axes_dims))
 
-    def to(self, device: torch.device) -> "Rope":
-        along, positions = (
-            None if it is None else it.to(device) for it in (self.along, self.positions)
-        )
-        return Rope(self.table.to(device), along, positions, self.axes)
+
+@cache  # the same for every picture, and half a megabyte
+@torch.inference_mode(False)
+def _along(axes_dims: tuple[int, ...], theta: float, device: torch.device) -> Tensor:
+    places = torch.arange(PLACES)[:, None].expand(-1, 3)
+    of_blocks = rope_table(places, axes_dims, theta).reshape(PLACES, -1, 2, BLOCK // 2, 2)
+    return of_blocks.permute(1, 0, 3, 2, 4).contiguous().to(device)
 
 
 def first_blocks(axes_dims: Sequence[int]) -> tuple[int, int]:
