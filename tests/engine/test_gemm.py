@@ -363,6 +363,10 @@ def test_heads_are_normed_by_their_product_where_that_was_faster(
         assert relative_error(found, expected) < 1e-2
     programs = list(linear.programs(axes=rope.axes))
     assert [it.heads for it in programs] == ([] if winner == SEPARATE else [rope.axes])
+    table.append(replace(table[0], implementation="wgmma", tile=HEADS_TILE))
+    programs = list(linear.programs(axes=rope.axes))
+    assert [it.heads for it in programs] == ([None] if winner == SEPARATE else [rope.axes])
+    assert [it.heads for it in linear.programs()] == [None], "attention in codes turns heads apart"
     short = HeadNorms(torch.ones(64).bfloat16(), torch.ones(64).bfloat16(), 0.1)
     rope = Rope.of(torch.arange(5)[:, None].expand(-1, 3), (16, 24, 24), 256.0, CPU)
     linear.heads(encode_reference(torch.randn(5, 32), linear.reads, torch.float32), short, rope)

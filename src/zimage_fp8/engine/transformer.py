@@ -120,8 +120,10 @@ class FusedTransformer:
 
     def programs(self) -> Iterator[Program]:
         """What its products need besides Triton's kernels, for the sizes in the table."""
+        in_codes = self.attention.run_codes is not None  # then a kernel of its own turns heads
+        axes = None if in_codes else first_blocks(self.config.axes_dims)
         for block in (*self.refiner, *self.layers, *self.context):
-            yield from block.to_qkv.programs(axes=first_blocks(self.config.axes_dims))
+            yield from block.to_qkv.programs(axes=axes)
             yield from block.to_out.programs()
             yield from block.w2.programs()
             yield from block.w13.programs(block.w2.reads)
