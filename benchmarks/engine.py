@@ -224,7 +224,7 @@ Loops = Callable[[Size], Callable[[], Tensor]]
 
 
 def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
-    """eager -> fused -> graph -> FP8 -> FA3, one thing at a time, in one process."""
+    """eager -> fused -> graph -> FP8 -> FA3 -> ours, one thing at a time, in one process."""
     base = model.transformer("bf16_base")
     no_graph = torch.device("cpu")
 
@@ -259,6 +259,11 @@ def ladder(model: RandomModel, seconds: float) -> Iterator[dict[str, Any]]:
             "FlashAttention-3",
             "instead of PyTorch's choice",
             lambda: fused("full", "fa3", DEVICE),
+        ),
+        (
+            "own attention",
+            "writes E4M3 for the layer behind it, and needs no wheel",
+            lambda: fused("full", "hopper", DEVICE),
         ),
         (
             "attention in E4M3",
