@@ -139,6 +139,10 @@ def test_heads_in_one_kernel_stand_beside_two(tmp_path: Path) -> None:
     assert "| bf16 | 2,112 | 248, 286 | 242, 276 | 277, – |" in text
     assert "| int8 | 2,112 |  |  |  |" in text
     assert "**NVIDIA H200**" in text
+    write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0}])
+    assert engine_tables.heads_table(tmp_path) == text, "a run of all kernels without heads"
+    write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0}, row | {"us": 100.0}])
+    assert "| bf16 | 2,112 | 100, 286 |" in engine_tables.heads_table(tmp_path)
 
 
 def test_targets_stand_beside_every_machine_that_was_measured(tmp_path: Path) -> None:
