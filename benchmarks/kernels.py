@@ -61,6 +61,7 @@ from zimage_fp8.kernels.pixel_attention import (
 )
 from zimage_fp8.kernels.qk_norm_rope import (
     HeadNorms,
+    Heads,
     qk_norm_rope,
     qk_norm_rope_reference,
     qk_norm_rope_triton,
@@ -325,9 +326,8 @@ def heads_shape(kind: str, rows: int, config: ZImageConfig) -> list[dict[str, ob
     linears = [Linear(_layer(SPEC_OF_KIND[kind], *operand), torch.bfloat16) for operand in sets]
     weights = (1 + 0.1 * torch.randn(2, config.head_dim, device=DEVICE)).to(torch.bfloat16)
     norms = HeadNorms(*weights, 1e-5)
-    width = rows // 32 or 1  # as a picture of 32 rows: axes of some length
-    position = torch.arange(rows)
-    positions = torch.stack([position * 0 + 65, position // width, position % width], dim=1)
+    place = torch.arange(rows)  # as in a picture of 32 rows
+    positions = torch.stack([torch.full_like(place, 65), place % 32, place // 32], dim=1)
     ropes = [
         Rope.of(positions[:count], config.axes_dims, config.rope_theta, DEVICE)
         for count in (rows, 128)
@@ -336,22 +336,15 @@ def heads_shape(kind: str, rows: int, config: ZImageConfig) -> list[dict[str, ob
     first = Activation(x.values[:128], x.scale[:128] if _is_vector(x.scale) else x.scale)
     exact = head_product_reference(first, weight, scale, norms, ropes[1]).double()
 
-    def apart(index: int) -> Tensor:
-        qkv = linears[index](sets[index][0])[None]
-        q, k, v = qk_norm_rope(qkv, norms, ropes[0].table)
-        return (
-            torch.stack([q, k, v], dim=2).flatten(0, 1).flatten(1)
-            if DEVICE.type == "cpu"
-            else qkv[0]
-        )
+    def apart(index: int) -> Heads:
+        return qk_norm_rope(linears[index](sets[index][0])[None], norms, ropes[0].table)
 
-    def runner(candidate: Candidate) -> Callable[[int], Tensor]:
-        return lambda index: head_product(*sets[index], norms, ropes[0], candidate.tile)
+    def runner(tile: Tile) -> Callable[[int], Tensor]:
+        return lambda index: head_product(*sets[index], norms, ropes[0], tile)
 
     runs: dict[Candidate, Callable[[int], object]] = {Candidate(SEPARATE): apart}
     if not hopper_refusal(DEVICE):
-        for tile in HEADS_TILES:
-            runs[Candidate("wgmma-heads", tile)] = runner(Candidate("wgmma-heads", tile))
+        runs |= {Candidate("wgmma-heads", tile): runner(tile) for tile in HEADS_TILES}
     return race(HEADS_LAYER, kind + HEADS, (rows, columns, depth), runs, exact, 1e-2)
 
 
@@ -443,6 +436,8 @@ def _first_values(result: object, count: int) -> Tensor:
         scale = result.scale
         first = result.values[:count]
         return _values(Activation(first, scale[:count] if _is_vector(scale) else scale))
+    if isinstance(result, tuple):  # q, k and v of one picture
+        return torch.cat([heads[0, :count].flatten(1) for heads in result], dim=1)
     assert isinstance(result, Tensor)
     return result[:count]
 

@@ -134,9 +134,9 @@ class Linear:
         """What may have to be compiled for it, other than by Triton: for a picture of any size,
         0.7 s each. gate: what the feed-forward's gate writes, where this product has one; axes: of
         the rotation of its heads, where it has some (`Rope.axes`)."""
-        choices = list(self._fitting(self.kind + HEADS)) if axes else []
-        if not choices or SEPARATE in {choice.implementation for choice in choices}:
-            choices += self._fitting(self.kind + (GATED if gate else ""))
+        choices = [*self._fitting(self.kind + (GATED if gate else ""))]
+        if axes:
+            choices += self._fitting(self.kind + HEADS)
         for choice in choices:
             if choice.implementation.startswith("wgmma") and choice.tile is not None:
                 yield program_for(

@@ -19,18 +19,11 @@ struct Heads {
 constexpr int HEAD = 128;
 static_assert(N == HEAD * 3 / 2 && CLUSTER == 2 && !GATED && !TO_CODES, "three heads a cluster");
 
-// Values take the registers of the sums: these are the next product's operands too, so that the
-// compiler would keep both.
+// Values take the registers of the sums, be these floats or integers.
 __device__ __forceinline__ float get(float x) { return x; }
 __device__ __forceinline__ float get(int x) { return __int_as_float(x); }
 __device__ __forceinline__ void put(float &to, float x) { to = x; }
 __device__ __forceinline__ void put(int &to, float x) { to = __float_as_int(x); }
-
-__device__ __forceinline__ u32 load_early(const u32 *from) {
-    u32 value;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
-    return value;
-}
 
 // Read when it is needed: what is read ahead needs registers that are not there.
 __device__ __forceinline__ float4 load_in_order(const float4 *from) {
@@ -45,11 +38,6 @@ __device__ __forceinline__ uint4 load_in_order(const uint4 *from) {
     asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
     return value;
-}
-
-__device__ __forceinline__ float sum_of_four_lanes(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // Two numbers of each of a warp's 16 rows, for the same warp of the other program and from it. Of

@@ -1,8 +1,7 @@
 """Attention's packed projection with the norm and the rotation of its heads, in one kernel.
 
-A tile's columns are whole heads or, with the program beside it, three for two tiles, so that what
-`qk_norm_rope` reads and writes again never is in memory without it (`head_product.cuh`). Per block
-of the transformer that saves a pass over q and k.
+A tile and the one beside it are three heads (`head_product.cuh`): q and k are written once, normed
+and rotated, where `qk_norm_rope` reads and writes them again.
 
 Exactness. Products are not rounded between product and norm, which `matmul` followed by
 `qk_norm_rope` does: this is the more exact of the two.

@@ -74,6 +74,11 @@ __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
     return pair;
 }
 
+__device__ __forceinline__ float sum_of_four_lanes(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 // Four neighbouring lanes hold two columns each of four blocks of eight columns. Afterwards lane i
 // holds all of block i: a transposition, in two exchanges.
 __device__ __forceinline__ void gather(u32 (&of)[4], bool odd, bool upper) {

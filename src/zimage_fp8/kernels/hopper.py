@@ -14,7 +14,7 @@ from torch import Tensor
 from zimage_fp8.kernels import nvrtc
 from zimage_fp8.kernels.language import HAS_TRITON
 
-HEADERS = ("hopper.cuh", "head_product.cuh")
+HEADERS = ("hopper.cuh", "head_product.cuh")  # given to every program
 SHARED_MEMORY = 227 * 1024  # what one program of compute capability 9.0 may have
 # Registers a thread, of 65,536: the copying warpgroup gives to the two or three multiplying ones.
 REGISTERS = {2: (24, 240), 3: (32, 160)}
@@ -102,7 +102,6 @@ def compiled(program: Program) -> bytes:
         [
             "--gpu-architecture=sm_90a",
             "--std=c++17",
-            "--device-as-default-execution-space",  # before 13.1, generic lambdas are host code
             *(f"-D{name}={value}" for name, value in constants.items()),
         ],
     )

@@ -44,11 +44,6 @@ __device__ __forceinline__ float largest_of_four_lanes(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-__device__ __forceinline__ float sum_of_four_lanes(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // Wait for all but the last `PENDING` groups of products; what follows reads their results.
 template <int PENDING, class T, int COUNT>
 __device__ __forceinline__ void finish(T (&results)[COUNT]) {

@@ -18,7 +18,6 @@ constexpr int LEFT_BYTES = M * K_BYTES;
 constexpr int STAGE_BYTES = LEFT_BYTES + N * K_BYTES;
 // Two scalars are multiplied with each other once, except where results are promised bit for bit.
 constexpr bool ONE_FACTOR = !PER_TOKEN && !PER_CHANNEL && !EXACT_SUMS;
-template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 constexpr int WIDTH = GATED ? N / 2 : N;  // columns that a tile writes
 
 // At the barrier of every program in the cluster, one lane for each. What it says, that wgmma has
@@ -70,6 +69,12 @@ __device__ __forceinline__ void load_both(u32 to, const TensorMap &map, u32 barr
 __device__ __forceinline__ float load_early(const float *from) {
     float value;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+    return value;
+}
+
+__device__ __forceinline__ u32 load_early(const u32 *from) {
+    u32 value;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
     return value;
 }
 
@@ -181,23 +186,23 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                        "l"(weight_scale + column) : "memory");
             }
         }
-        const auto multiply_step = [&](auto first) {
+        const auto multiply_step = [&](bool first) {
             wait(full + 8 * turn.stage, turn.parity);
             const u32 at = stages + turn.stage * STAGE_BYTES;
             const u64 a = descriptor(at + warpgroup * 64 * K_BYTES), b = descriptor(at + LEFT_BYTES);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            if constexpr (first.value) multiply_first(sums, a, b);
+            if (first) multiply_first(sums, a, b);
             else multiply(sums, a, b, 1);
             #pragma unroll
             for (int part = 1; part < 4; ++part)  // of 32 bytes
                 multiply(sums, a + 2 * part, b + 2 * part, 1);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         };
-        multiply_step(Constant<true>{});
+        multiply_step(true);
         int before = turn.stage;
         turn.advance(STAGES);
         for (int k = 1; k < steps; ++k, turn.advance(STAGES)) {
-            multiply_step(Constant<false>{});
+            multiply_step(false);
             // One step multiplies while the stage of the one before is given back.
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (lane < CLUSTER) arrive(empty + 8 * before, lane);

@@ -12,7 +12,7 @@ as Hopper does it fast. A gate and its value are not rounded between product and
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from zimage_fp8.kernels.rope import PLACE_BITS, PLACES, Rope
 from zimage_fp8.kernels.tile import Tile
 
 WGMMA_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11)
-HEADS_TILE = Tile(m=192, n=192, warps=16, stages=4, group=11, cluster=2)
+HEADS_TILE = replace(WGMMA_TILE, cluster=2)  # half of three heads; the other half lies beside it
 HEAD_DIM = 128
 K_BYTES = 128
 _HEIGHTS = [64 * count for count in REGISTERS]
