@@ -22,7 +22,8 @@ from zimage_fp8.engine.gemm import (
     measured,
 )
 from zimage_fp8.kernels import hopper
-from zimage_fp8.kernels.activation import Activation, Output, encode, encode_reference
+from zimage_fp8.kernels.activation import Activation, Output, encode_reference
+from zimage_fp8.kernels.encode import encode
 from zimage_fp8.kernels.gated_matmul import GATED_IMPLEMENTATIONS
 from zimage_fp8.kernels.head_product import HEAD_IMPLEMENTATIONS
 from zimage_fp8.kernels.matmul import IMPLEMENTATIONS, matmul

@@ -12,8 +12,9 @@ from compare import same_bits, sqnr_db
 from zimage_fp8.engine.gemm import GATED, HEADS, Choice, Linear
 from zimage_fp8.engine.graphs import GraphCache
 from zimage_fp8.engine.transformer import FusedTransformer
-from zimage_fp8.kernels.activation import Activation, Output, encode
+from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.attention import BACKENDS, Target, attention
+from zimage_fp8.kernels.encode import encode
 from zimage_fp8.kernels.hopper_attention import AttentionProgram
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import HEADS_TILE, WGMMA_TILE

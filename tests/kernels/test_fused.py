@@ -3,13 +3,24 @@
 E4M3 codes are compared on a GPU only: the interpreter casts to E4M3 wrongly.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from zimage_fp8.kernels import activation, norm, qk_norm_rope
 from zimage_fp8.kernels.activation import Activation, Output
+from zimage_fp8.kernels.encode import encode_triton
+from zimage_fp8.kernels.hopper import compiled, hopper_refusal
+from zimage_fp8.kernels.hopper_row import (
+    RowProgram,
+    encode_hopper,
+    program_for,
+    residual_norm_hopper,
+)
 from zimage_fp8.kernels.language import HAS_TRITON
+from zimage_fp8.kernels.nvrtc import find_library
 from zimage_fp8.kernels.qk_norm_rope import HeadNorms
 from zimage_fp8.kernels.rope import rope_table
 from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
@@ -27,6 +38,10 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 ON_CPU: list[QuantSpec | None] = [None, INT8_ROW, INT8_ROT]
 ON_GPU: list[QuantSpec | None] = [*ON_CPU, E4M3_STATIC, E4M3_ROW]
+ON_HOPPER = [
+    *(E4M3_STATIC, E4M3_ROW, INT8_ROW, INT8_ROT),
+    *(replace(E4M3_STATIC, rotate=True), replace(E4M3_STATIC, format="int8")),
+]
 CASES = [
     *(("cpu", torch.float32, spec) for spec in ON_CPU),
     *(
@@ -85,7 +100,7 @@ def test_encode(device: str, dtype: torch.dtype, spec: QuantSpec | None) -> None
     for width in WIDTHS[device]:
         x = randn(7, width, device=device, dtype=dtype)
         x[5] = 0
-        actual = activation.encode_triton(x, out)
+        actual = encode_triton(x, out)
         expected = activation.encode_reference(x.float(), out, dtype)
         assert (
             torch.equal(codes(actual.values), codes(expected.values))
@@ -136,6 +151,61 @@ def test_residual_norm(
         # Alone it is another kernel to the compiler, which may add the squares in another order.
         alone = norm.residual_triton(x, h, gate, 1e-5)
         agree(Activation(alone), Activation(expected_total), Output(), dtype)
+
+
+@pytest.mark.skipif(find_library() is None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("spec", [INT8_ROT, E4M3_STATIC, E4M3_ROW])
+def test_rows_compile_for_hopper(spec: QuantSpec) -> None:
+    for dim, residual in ((3840, True), (10240, False)):
+        program = RowProgram(dim, spec.format, not spec.is_static, spec.rotate, residual)
+        assert program.parts == (1 if dim == 3840 else 4)
+        assert b"row_kernel" in compiled(program)
+
+
+def test_rows_are_written_by_other_kernels_elsewhere() -> None:
+    assert program_for(Output(INT8_ROT), 3840, torch.bfloat16, torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vectors", [1, 3])  # one for all samples, or one each
+@pytest.mark.parametrize("spec", ON_HOPPER)
+def test_residual_norm_on_hopper(spec: QuantSpec, vectors: int) -> None:
+    if reason := hopper_refusal(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    out = output(spec, "cuda")
+    for width in (256, 3840, 4096):
+        # 3 x 167 rows: no whole number of warps, and a warp's rows of two samples.
+        x = randn(3, 167, width, device="cuda", dtype=torch.bfloat16)
+        h = randn(3 * 167, width, device="cuda", dtype=torch.bfloat16, seed=2)
+        h[7] = 0
+        table = randn(vectors, 5, width, device="cuda", seed=1)
+        gate, vector = table[:, 1], table[:, 2]
+        program = program_for(out, width, x.dtype, x.device, residual=True)
+        assert program is not None
+        total, actual = residual_norm_hopper(x, h, gate, vector, 1e-5, out, program)
+        expected_total = norm.residual_reference(x, h, gate, 1e-5)
+        agree(Activation(total), Activation(expected_total), Output(), x.dtype)
+        agree(actual, norm.norm_reference(total, vector, 1e-5, out), out, x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ON_HOPPER)
+def test_encode_on_hopper(spec: QuantSpec) -> None:
+    """No arithmetic before the epilogue: every bit must agree."""
+    if reason := hopper_refusal(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    out = output(spec, "cuda")
+    for width in (256, 3840, 4096, 10240):
+        x = randn(501, width, device="cuda", dtype=torch.bfloat16)
+        x[5] = 0
+        program = program_for(out, width, x.dtype, x.device)
+        assert program is not None
+        actual = encode_hopper(x, out, program)
+        expected = activation.encode_reference(x.float(), out, x.dtype)
+        assert torch.equal(codes(actual.values), codes(expected.values))
+        assert actual.scale is not None
+        assert expected.scale is not None
+        assert torch.equal(actual.scale, expected.scale)
 
 
 @pytest.mark.parametrize(("device", "dtype", "spec"), CASES)

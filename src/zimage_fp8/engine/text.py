@@ -30,8 +30,11 @@ from zimage_fp8.engine.qwen3 import (
     read_qwen3_config,
 )
 from zimage_fp8.errors import ModelError
-from zimage_fp8.kernels.activation import Activation, Output, encode
+from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.add_norm import add_norm
+from zimage_fp8.kernels.encode import encode
+from zimage_fp8.kernels.hopper import compile_in_background
+from zimage_fp8.kernels.hopper_row import program_for
 from zimage_fp8.kernels.language import next_power_of_2, runs_triton
 from zimage_fp8.kernels.matmul import matmul
 from zimage_fp8.kernels.qwen_rope import half_rope_table, qwen_norm_rope
@@ -81,6 +84,9 @@ class FastTextEncoder(PromptEncoder):
             self._layers: _Streamed | _Resident = source(self._layout, reader, names, device)
         table = half_rope_table(MAX_TOKENS, self.config.head_dim, self.config.rope_theta)
         self._table = table.to(device)
+        heads = self.config.num_attention_heads * self.config.head_dim
+        program = program_for(self._output, heads, dtype, device)
+        compile_in_background([program] if program else [])
         self._graphs = GraphCache(device) if graphs is None else graphs
         self._owner = object()  # in every key: the cache may be shared
 

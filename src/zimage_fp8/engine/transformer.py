@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from zimage_fp8.engine.gemm import Linear
 from zimage_fp8.engine.graphs import GraphCache
-from zimage_fp8.kernels.activation import Activation, encode
+from zimage_fp8.kernels.activation import Activation
 from zimage_fp8.kernels.attention import Backend
+from zimage_fp8.kernels.encode import encode
 from zimage_fp8.kernels.hopper import Program, compile_in_background
+from zimage_fp8.kernels.hopper_row import program_for
 from zimage_fp8.kernels.norm import norm, residual, residual_norm
 from zimage_fp8.kernels.qk_norm_rope import HeadNorms, qk_norm_rope, reach_of_norm
 from zimage_fp8.kernels.rope import Rope, first_blocks
@@ -128,6 +130,17 @@ class FusedTransformer:
             yield from block.w2.programs()
             yield from block.w13.programs(block.w2.reads)
             yield from self.attention.programs(block.to_out.reads)
+            yield from self._row_programs(block)
+
+    def _row_programs(self, block: FusedBlock) -> Iterator[Program]:
+        """What writes its products' inputs: behind a residual, or on their own."""
+        behind_residuals = [(block.to_qkv, True), (block.w13, True)]
+        for linear, behind in (*behind_residuals, (block.to_out, False), (block.w2, False)):
+            width = linear.weight.shape[1]
+            if behind or not linear.reads.is_static_e4m3:  # which the kernel before it writes
+                program = program_for(linear.reads, width, self.dtype, self.device, residual=behind)
+                if program is not None:
+                    yield program
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU;

@@ -19,12 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_fp8.engine.transformer import FusedTransformer
 from zimage_fp8.engine.vae import FastDecoder
+from zimage_fp8.kernels.activation import Output
+from zimage_fp8.kernels.hopper_row import program_for
 from zimage_fp8.layout import PATCH, PATCH_KEY, linear_shapes
 from zimage_fp8.model.pipeline import Pipeline
 from zimage_fp8.model.request import ImageRequest
 from zimage_fp8.model.z_image import TOKEN_MULTIPLE
+from zimage_fp8.numerics import QuantSpec
 
 GEMM, ATTENTION, CONVOLUTION = "GEMM", "attention", "convolution"
+NORM = "_norm_kernel"
+FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2")
 DOUBLING = re.compile(r"\.upsamplers\.\d+\.conv$")  # the convolutions of doubled pictures
 
 
@@ -140,6 +145,27 @@ def _done_at_once(pipeline: Pipeline, stack: str, index: int, tokens: int) -> tu
     return block.w13.gates_at_once(tokens) is not None, turns
 
 
+def _attention_writes(pipeline: Pipeline) -> bool:
+    """Whether attention writes E4M3 codes under a static scale itself."""
+    denoiser = pipeline.denoiser
+    return isinstance(denoiser, FusedTransformer) and denoiser.attention.write is not None
+
+
+def _row_kernel(
+    pipeline: Pipeline, spec: QuantSpec | None, width: int, behind_residual: str = ""
+) -> str:
+    """The kernel that writes what a layer of this spec reads, alone or in the place of another."""
+    device, residual = pipeline.device, bool(behind_residual)
+    if program_for(Output(spec), width, pipeline.dtype, device, residual=residual):
+        return "row_kernel"
+    return behind_residual or "_encode_kernel"
+
+
+def _written(spec: QuantSpec | None, wide: int) -> int:
+    """Bytes of a value as a layer of this spec reads it."""
+    return 1 if spec else wide
+
+
 def _padded(tokens: int) -> int:
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
@@ -166,26 +192,34 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
         tokens = stacks[stack]
         attended += blocks * 4 * tokens**2 * config.dim
         for index in range(blocks):
-            reads = {
-                kind: 1 if plan.spec(f"{stack}.{index}.{kind}") else wide
-                for kind in ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
-            }
-            w2 = plan.spec(f"{stack}.{index}.feed_forward.w2")
+            to_q, to_out, w1, w2 = (
+                plan.spec(f"{stack}.{index}.{kind}")
+                for kind in ("attention.to_q", "attention.to_out.0", *FEED_FORWARD)
+            )
             dim, ffn = tokens * config.dim, tokens * config.ffn_dim
-            # Two gated residuals read x and h and write x; two norms write what is multiplied
-            # next; the first norm of a stack has no residual to share its reading of x with.
-            normed = reads["attention.to_q"] + reads["feed_forward.w1"]
-            kernels["_norm_kernel"] += dim * (normed + 6 * wide + (0 if index else wide))
+            # Two gated residuals read x and h and write x, and what is multiplied next; the first
+            # norm of a stack has no residual in front of it, the last residual no norm behind it.
+            if index == 0:
+                kernels[NORM] += dim * (wide + _written(to_q, wide))
+            else:
+                kernels[_row_kernel(pipeline, to_q, config.dim, NORM)] += dim * (
+                    3 * wide + _written(to_q, wide)
+                )
+            kernels[_row_kernel(pipeline, w1, config.dim, NORM)] += dim * (
+                3 * wide + _written(w1, wide)
+            )
+            if index == blocks - 1:
+                kernels[NORM] += dim * 3 * wide
             gates, turns = _done_at_once(pipeline, stack, index, tokens)
             if not turns:
                 # q and k, read and written; for attention on codes v too, written in 8 bits.
                 kernels["_qk_norm_rope_kernel"] += dim * (3 * wide + 3 if codes else 4 * wide)
             if not gates:
-                kernels["_gated_kernel"] += ffn * (2 * wide + (1 if w2 else wide))
+                kernels["_gated_kernel"] += ffn * (2 * wide + _written(w2, wide))
             elif w2 and not w2.is_static:
-                kernels["_encode_kernel"] += ffn * (wide + 1)
-            if reads["attention.to_out.0"] == 1:
-                kernels["_encode_kernel"] += dim * (wide + 1)
+                kernels[_row_kernel(pipeline, w2, config.ffn_dim)] += ffn * (wide + 1)
+            if to_out and not (to_out.is_static and _attention_writes(pipeline)):
+                kernels[_row_kernel(pipeline, to_out, config.dim)] += dim * (wide + 1)
     return {
         GEMM: Work({format: float(count) for format, count in flops.items() if count}),
         ATTENTION: Work({"e4m3" if codes else plain: attended}),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zimage_fp8.kernels.language import next_power_of_2, runs_triton, tl, triton
+from zimage_fp8.kernels.language import next_power_of_2, tl, triton
 from zimage_fp8.kernels.rotate import rotate
 from zimage_fp8.numerics import (
     AMAX_FLOOR,
@@ -70,29 +70,6 @@ def encode_reference(x: Tensor, out: Output, dtype: torch.dtype) -> Activation:
     if scale is None:
         scale = scale_of(amax(x, per_row=True), out.spec.format)
     return Activation(quantize(x, scale, out.spec.format), scale)
-
-
-def encode(x: Tensor, out: Output) -> Activation:
-    """x: [tokens, width], written as `out` asks for; x itself when that is plain values."""
-    if out.spec is None:
-        return Activation(x)
-    return encode_triton(x, out) if runs_triton(x) else encode_reference(x.float(), out, x.dtype)
-
-
-def encode_triton(x: Tensor, out: Output) -> Activation:
-    rows, width = x.shape
-    result = empty_activation(rows, width, out, x)
-    launch = Epilogue(out, width, may_split=True)
-    _encode_kernel[(rows, launch.chunks)](
-        x,
-        *launch.pointers(result),
-        x.stride(0),
-        width,
-        REST=launch.rest,
-        **launch.constants,
-        num_warps=launch.warps,
-    )
-    return result
 
 
 def empty_activation(rows: int, width: int, out: Output, like: Tensor) -> Activation:
@@ -248,38 +225,3 @@ def _rotate_level(x, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
     pairs = tl.sum(quads, axis=2, keep_dims=True)
     half = 0.5 * tl.sum(pairs, axis=1, keep_dims=True)
     return tl.reshape(half - quads, (BLOCK,))
-
-
-@triton.jit
-def _encode_kernel(
-    x,
-    values,
-    scales,
-    x_stride,
-    width,
-    REST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FORMAT: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    QMAX: tl.constexpr,
-    AMAX_FLOOR: tl.constexpr,
-):
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
-    start = x + row.to(tl.int64) * x_stride
-    wide = tl.load(start + columns, mask, other=0.0).to(tl.float32)
-    if REST == 0:
-        store_row(
-            wide, values, scales, row, columns, mask, width,
-            BLOCK, FORMAT, PER_TOKEN, GROUP, QMAX, AMAX_FLOOR,
-        )  # fmt: skip
-    else:
-        behind = BLOCK + tl.arange(0, REST)
-        inside = behind < width
-        narrow = tl.load(start + behind, inside, other=0.0).to(tl.float32)
-        store_two(
-            wide, narrow, values, scales, row, columns, mask, behind, inside, width,
-            BLOCK, REST, FORMAT, GROUP, QMAX, AMAX_FLOOR,
-        )  # fmt: skip

@@ -19,8 +19,8 @@ from zimage_fp8.kernels.activation import (
     Output,
     codes_of,
     empty_activation,
-    encode,
 )
+from zimage_fp8.kernels.encode import encode
 from zimage_fp8.kernels.hopper import hopper_refusal
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 from zimage_fp8.kernels.matmul import has_tma, place

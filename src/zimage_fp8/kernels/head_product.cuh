@@ -19,12 +19,6 @@ struct Heads {
 constexpr int HEAD = 128;
 static_assert(N == HEAD * 3 / 2 && CLUSTER == 2 && !GATED && !TO_CODES, "three heads a cluster");
 
-// Values take the registers of the sums, be these floats or integers.
-__device__ __forceinline__ float get(float x) { return x; }
-__device__ __forceinline__ float get(int x) { return __int_as_float(x); }
-__device__ __forceinline__ void put(float &to, float x) { to = x; }
-__device__ __forceinline__ void put(int &to, float x) { to = __float_as_int(x); }
-
 // Read when it is needed: what is read ahead needs registers that are not there.
 __device__ __forceinline__ float4 load_in_order(const float4 *from) {
     float4 value;
@@ -87,11 +81,11 @@ __device__ __forceinline__ u32 turned(float even, float odd, u32 weight, float c
     return pack_bf16(even * cosine - odd * sine, odd * cosine + even * sine);
 }
 
-// values: a thread's 24 blocks of eight columns, [block][row][pair], by `get`, each without the factor
-// of its row. weights: of q or k. store: of four blocks, packed.
+// values: a thread's 24 blocks of eight columns, [block][row][pair], each without the factor of its
+// row. weights: of q or k. store: of four blocks, packed.
 template <int RANK, class Store>
 __device__ __forceinline__ void norm_and_turn(
-    const Sum (&values)[N / 2], const float (&factor)[2], const uint4 *weights, const u32 (&positions)[2],
+    const float (&values)[N / 2], const float (&factor)[2], const uint4 *weights, const u32 (&positions)[2],
     const Heads &heads, Exchange &exchange, const Store &store) {
     constexpr int SPLIT = RANK ? 8 : 16;  // the first block of the second head in this program
     constexpr int SHARED = !RANK;         // which of the two is shared
@@ -101,7 +95,7 @@ __device__ __forceinline__ void norm_and_turn(
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float &sum = squares[block >= SPLIT][i / 2];
-            const float value = get(values[4 * block + i]);
+            const float value = values[4 * block + i];
             sum = fmaf(value, value, sum);
         }
     #pragma unroll
@@ -128,13 +122,13 @@ __device__ __forceinline__ void norm_and_turn(
                     const u32 place = positions[half] >> PLACE_BITS * axis & PLACES - 1;
                     const float4 by = load_in_order(
                         heads.rotations + 4 * ((of_head + i) / 2 * PLACES + place) + quad);
-                    const Sum *pairs = values + 4 * (block + i) + 2 * half;
+                    const float *pairs = values + 4 * (block + i) + 2 * half;
                     const float scale = root[half];
                     packed[half][i] =
-                        turned(get(pairs[0]) * scale, get(pairs[1]) * scale, i ? weight.z : weight.x,
+                        turned(pairs[0] * scale, pairs[1] * scale, i ? weight.z : weight.x,
                                by.x, by.y);
                     packed[half][i + 1] =
-                        turned(get(pairs[4]) * scale, get(pairs[5]) * scale, i ? weight.w : weight.y,
+                        turned(pairs[4] * scale, pairs[5] * scale, i ? weight.w : weight.y,
                                by.z, by.w);
                 }
             }

@@ -55,11 +55,10 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
     return 1ull << 62 | 64ull << 32 | 1ull << 16 | (at & 0x3FFFF) >> 4;
 }
 
-// x / scale as IEEE divides (see `codes_of` in activation.py), clamped.
+// x / scale as IEEE divides (see `codes_of` in activation.py).
 __device__ __forceinline__ float quotient(float x, float scale, float inverse) {
-    float q = x * inverse;
-    q = fmaf(fmaf(-q, scale, x), inverse, q);
-    return fminf(fmaxf(q, -448.0f), 448.0f);
+    const float q = x * inverse;
+    return fmaf(fmaf(-q, scale, x), inverse, q);
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {

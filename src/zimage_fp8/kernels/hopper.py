@@ -3,7 +3,7 @@ driver's C interface."""
 
 import ctypes
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import Protocol
@@ -27,13 +27,10 @@ class Program(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def warpgroups(self) -> int:
-        """That multiply; one more copies."""
-        ...
-
+    def threads(self) -> int: ...
     @property
     def shared_memory(self) -> int: ...
-    def constants(self) -> dict[str, int]: ...
+    def constants(self) -> Mapping[str, int | float]: ...
     def header(self) -> str: ...
 
 
@@ -51,6 +48,16 @@ def hopper_refusal(device: torch.device) -> str | None:
     """Why a device cannot run these kernels, or None."""
     is_cuda = device.type == "cuda"
     return needs_hopper(torch.cuda.get_device_capability(device) if is_cuda else None)
+
+
+def threads(warpgroups: int) -> int:
+    """Of as many multiplying warpgroups, and the copying one."""
+    return 128 * (warpgroups + 1)
+
+
+def register_split(warpgroups: int) -> dict[str, int]:
+    producer, consumer = REGISTERS[warpgroups]
+    return {"PRODUCER_REGISTERS": producer, "CONSUMER_REGISTERS": consumer}
 
 
 def product(
@@ -89,11 +96,6 @@ def product(
 def compiled(program: Program) -> bytes:
     """Machine code of a program, from the cache on disk where it was compiled before."""
     folder = resources.files("zimage_fp8.kernels")
-    producer, consumer = REGISTERS[program.warpgroups]
-    constants = program.constants() | {
-        "PRODUCER_REGISTERS": producer,
-        "CONSUMER_REGISTERS": consumer,
-    }
     return nvrtc.compiled(
         program.name,
         (folder / f"{program.name}.cu").read_text(),
@@ -102,7 +104,7 @@ def compiled(program: Program) -> bytes:
         [
             "--gpu-architecture=sm_90a",
             "--std=c++17",
-            *(f"-D{name}={value}" for name, value in constants.items()),
+            *(f"-D{name}={value}" for name, value in program.constants().items()),
         ],
     )
 
@@ -166,7 +168,7 @@ def launch(
         _driver().cuLaunchKernel(
             _function(device.index, program),
             blocks, 1, 1,
-            128 * (program.warpgroups + 1), 1, 1,
+            program.threads, 1, 1,
             program.shared_memory,
             ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
             addresses,

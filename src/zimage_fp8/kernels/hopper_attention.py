@@ -13,8 +13,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from zimage_fp8.kernels.activation import PLAIN, Activation, Output, empty_activation, encode
-from zimage_fp8.kernels.hopper import launch, product, tensor_map
+from zimage_fp8.kernels.activation import PLAIN, Activation, Output, empty_activation
+from zimage_fp8.kernels.encode import encode
+from zimage_fp8.kernels.hopper import (
+    launch,
+    product,
+    register_split,
+    tensor_map,
+    threads,
+)
 from zimage_fp8.kernels.language import multiprocessors
 
 HEAD_DIM = 128
@@ -41,8 +48,12 @@ class AttentionProgram:
         """Bytes: alignment, queries, stages of keys and values, barriers."""
         return 1024 + 2 * ROW_BYTES * (self.queries + 2 * self.stages * self.keys) + 256
 
+    @property
+    def threads(self) -> int:
+        return threads(self.warpgroups)
+
     def constants(self) -> dict[str, int]:
-        return {
+        return register_split(self.warpgroups) | {
             "WARPGROUPS": self.warpgroups,
             "KEYS": self.keys,
             "STAGES": self.stages,

@@ -21,6 +21,7 @@ from zimage_fp8.kernels.activation import (
     encode_reference,
     store_row,
 )
+from zimage_fp8.kernels.hopper_row import program_for, residual_norm_hopper
 from zimage_fp8.kernels.language import multiprocessors, runs_triton, tl, triton
 
 # A program walks over rows: the vectors are read once for all of them, and the next two rows are on
@@ -49,6 +50,8 @@ def residual_norm(
     x: [batch, tokens, dim]; h: [batch · tokens, dim] contiguous; gate, vector: fp32 [batch, dim]
     or [1, dim].
     """
+    if program := program_for(out, x.shape[-1], x.dtype, x.device, residual=True):
+        return residual_norm_hopper(x, h, gate, vector, eps, out, program)
     run = residual_norm_triton if runs_triton(x) else residual_norm_reference
     return run(x, h, gate, vector, eps, out)
 

@@ -239,6 +239,7 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
         #pragma unroll
         for (int half = 0; half < 2; ++half)
             factor[half] = of_row[half] * (PER_CHANNEL || ONE_FACTOR ? 1.0f : of_all);
+        float values[N / 2];
         #pragma unroll
         for (int block = 0; block < N / 8; ++block) {
             float2 of_column = {1.0f, 1.0f};
@@ -246,15 +247,15 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                 of_column = *reinterpret_cast<float2 *>(of_columns + 8 * block + 2 * quad);
             #pragma unroll
             for (int i = 4 * block; i < 4 * block + 4; ++i)
-                put(sums[i], static_cast<float>(sums[i]) * (i % 2 ? of_column.y : of_column.x));
+                values[i] = static_cast<float>(sums[i]) * (i % 2 ? of_column.y : of_column.x);
         }
         // The first third of the columns are queries, the second keys. Both programs of a cluster
         // are in the same third, which the shuffle tells the compiler is the same for all lanes.
         const int third = __shfl_sync(~0u, 3 * (n - rank * N) / columns, 0);
         if (third < 2) {
             const uint4 *weights = heads.weights + third * HEAD / 8;
-            if (rank) norm_and_turn<1>(sums, factor, weights, positions, heads, exchange, store);
-            else norm_and_turn<0>(sums, factor, weights, positions, heads, exchange, store);
+            if (rank) norm_and_turn<1>(values, factor, weights, positions, heads, exchange, store);
+            else norm_and_turn<0>(values, factor, weights, positions, heads, exchange, store);
             continue;
         }
 #endif
@@ -274,8 +275,8 @@ wgmma_kernel(const __grid_constant__ TensorMap left, const __grid_constant__ Ten
                 for (int half = 0; half < 2; ++half) {
                     float2 y[GATED + 1];
 #if HEADS
-                    y[0] = {get(sums[4 * j + 2 * half]) * factor[half],
-                            get(sums[4 * j + 2 * half + 1]) * factor[half]};
+                    y[0] = {values[4 * j + 2 * half] * factor[half],
+                            values[4 * j + 2 * half + 1] * factor[half]};
 #else
                     #pragma unroll
                     for (int part = 0; part <= GATED; ++part) {

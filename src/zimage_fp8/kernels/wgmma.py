@@ -23,9 +23,17 @@ from zimage_fp8.kernels.activation import (
     Activation,
     Output,
     empty_activation,
-    encode,
 )
-from zimage_fp8.kernels.hopper import REGISTERS, SHARED_MEMORY, launch, product, tensor_map
+from zimage_fp8.kernels.encode import encode
+from zimage_fp8.kernels.hopper import (
+    REGISTERS,
+    SHARED_MEMORY,
+    launch,
+    product,
+    register_split,
+    tensor_map,
+    threads,
+)
 from zimage_fp8.kernels.language import multiprocessors
 from zimage_fp8.kernels.qk_norm_rope import HeadNorms
 from zimage_fp8.kernels.rope import PLACE_BITS, PLACES, Rope
@@ -99,8 +107,12 @@ class Program:
         exchange = 2 * self.m * 4 + self.m // 16 * 8 if self.heads else 0
         return 1024 + self.stages * stage + 2 * self.warpgroups * self.n * 4 + exchange
 
+    @property
+    def threads(self) -> int:
+        return threads(self.warpgroups)
+
     def constants(self) -> dict[str, int]:
-        return {
+        return register_split(self.warpgroups) | {
             "WARPGROUPS": self.warpgroups,
             "N": self.n,
             "STAGES": self.stages,
