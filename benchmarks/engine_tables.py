@@ -102,9 +102,9 @@ def profile_table(results: Path) -> str:
         for group, row in sorted(spent.items(), key=lambda item: -sum(item[1]))
     ]
     body.append(["all kernels", *(f"{ms:.1f}" for ms in totals)])
-    sizes = (table["size"].replace("x", "×") for table in found["tables"])
-    table = markdown_table(["kernels", *(f"{size}, ms" for size in sizes)], body)
-    return _with_facts(found, table, f"One denoise loop of `{found['tables'][0]['policy']}`")
+    head = (f"`{of['policy']}`, {of['size'].replace('x', '×')}, ms" for of in found["tables"])
+    table = markdown_table(["kernels", *head], body)
+    return _with_facts(found, table, "One denoise loop")
 
 
 def kernels_table(results: Path) -> str:
@@ -141,17 +141,11 @@ def kernels_table(results: Path) -> str:
     return _with_facts(found, table, "Single kernels on random data", random=False)
 
 
-def _of_heads(record: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    return (row for row in record["gemm"] if row["kind"].endswith(HEADS))
-
-
 def heads_table(results: Path) -> str:
-    """to_qkv with norm and rotation of its heads, in one kernel and in two: of the run of all
-    kernels, or of one of its own where that is older than these."""
-    records = [_read(results / name) for name in ("kernels.json", "kernels-heads.json")]
-    timed = [(record, list(_of_heads(record))) for record in records if record is not None]
-    found, of_heads = next(((record, rows) for record, rows in timed if rows), (None, []))
-    if found is None:
+    """to_qkv with norm and rotation of its heads, in one kernel and in two."""
+    found = _read(results / "kernels.json")
+    of_heads = [row for row in found["gemm"] if row["kind"].endswith(HEADS)] if found else []
+    if found is None or not of_heads:
         return NOT_YET
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for row in of_heads:
@@ -322,7 +316,7 @@ def _target(
             if value is None:
                 cells.append("")
                 continue
-            digits = 2 if unit == "GiB" else 0 if value >= 100 else 1
+            digits = 2 if unit == "GiB" else 1
             cells.append(f"{value:.{digits}f}{'' if value <= target else ' ✗'}")
         cells.append(f"{target:g}")
     return (what, unit, *cells)

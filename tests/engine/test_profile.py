@@ -57,6 +57,8 @@ def found(tiny: Pipeline) -> Profile:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", ATTENTION),
         ("_norm_kernel", "_norm_kernel"),
         ("_gated_kernel", "_gated_kernel"),
+        ("row_kernel", "row_kernel"),
+        ("wgmma_kernel", GEMM),
         ("_qk_norm_rope_kernel", "_qk_norm_rope_kernel"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", CONVOLUTION),
         ("Memcpy DtoD (Device -> Device)", "copies"),
@@ -135,6 +137,21 @@ def test_products_and_attention_equal_what_pytorch_counts(tiny_model: Path, poli
     assert counted == counter.get_total_flops() - timestep
     assert set(expected[GEMM].flops) == ({"bf16"} if policy == "bf16_base" else {"bf16", "e4m3"})
     assert ("_encode_kernel" in expected) == (policy != "bf16_base")
+
+
+def test_rows_in_8_bits_move_as_much_by_another_kernel(
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper one kernel does what two do elsewhere, all but a stack's first norm and last sum."""
+    apart = work.denoise_work(tiny, REQUEST)
+    monkeypatch.setattr(work, "program_for", lambda out, *_, **__: out.spec)
+    together = work.denoise_work(tiny, REQUEST)
+    both = ("_norm_kernel", "_encode_kernel")
+    moved = sum(apart[kernel].num_bytes for kernel in both)
+    assert "row_kernel" not in apart
+    assert "_encode_kernel" not in together
+    assert together["row_kernel"].num_bytes + together["_norm_kernel"].num_bytes == moved
+    assert together["row_kernel"].num_bytes > together["_norm_kernel"].num_bytes > 0
 
 
 def test_guidance_doubles_the_work(tiny: Pipeline) -> None:

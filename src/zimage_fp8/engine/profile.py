@@ -40,7 +40,7 @@ GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for group, pattern in (
         (ATTENTION, r"hopper_attention|flash|fmha|sdpa|scaled_dot_product|_attn_|sage"),
         (GEMM, r"^(_tma|_gated_tma|_pointer|wgmma)_kernel$"),
-        ("", r"^_\w+_kernel$"),
+        ("", r"^(_\w+|row)_kernel$"),
         (CONVOLUTION, r"conv(?!ert)|fprop|dgrad|cudnn"),
         (GEMM, r"nvjet|gemm|gemv|cublas|cutlass|splitk|::_?\w*mm(_out)?$|::linear$|::matmul$"),
         ("copies", r"memcpy|memset|copy|CatArray|::(cat|clone|to|contiguous|pad|fill_|zero_)$"),
