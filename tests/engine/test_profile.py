@@ -142,7 +142,7 @@ def test_products_and_attention_equal_what_pytorch_counts(tiny_model: Path, poli
 def test_rows_in_8_bits_move_as_much_by_another_kernel(
     tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper one kernel does what two do elsewhere, all but a stack's first norm and last sum."""
+    """On Hopper one kernel does what two do elsewhere, but for a stack's first norm, last sum."""
     apart = work.denoise_work(tiny, REQUEST)
     monkeypatch.setattr(work, "program_for", lambda out, *_, **__: out.spec)
     together = work.denoise_work(tiny, REQUEST)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zimage_fp8.kernels import activation, norm, qk_norm_rope
+from zimage_fp8.kernels import activation, hopper_row, norm, qk_norm_rope
 from zimage_fp8.kernels.activation import Activation, Output
 from zimage_fp8.kernels.encode import encode_triton
 from zimage_fp8.kernels.hopper import compiled, hopper_refusal
@@ -162,8 +162,17 @@ def test_rows_compile_for_hopper(spec: QuantSpec) -> None:
         assert b"row_kernel" in compiled(program)
 
 
-def test_rows_are_written_by_other_kernels_elsewhere() -> None:
-    assert program_for(Output(INT8_ROT), 3840, torch.bfloat16, torch.device("cpu")) is None
+def test_rows_are_written_by_other_kernels_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert program_for(Output(INT8_ROT), 3840, torch.bfloat16, cpu) is None
+    monkeypatch.setattr(hopper_row, "hopper_refusal", lambda _: None)
+    assert program_for(Output(INT8_ROT), 3840, torch.bfloat16, cpu) is not None
+    assert program_for(Output(INT8_ROT), 3840, torch.float32, cpu) is None
+    assert program_for(Output(), 3840, torch.bfloat16, cpu) is None
+    assert program_for(Output(INT8_ROT), 3840 + 128, torch.bfloat16, cpu) is None
+    assert program_for(Output(INT8_ROT), 10240, torch.bfloat16, cpu, residual=True) is None
+    prime = 37 * 256  # no number of warps that divides it is small enough
+    assert program_for(Output(INT8_ROT), prime, torch.bfloat16, cpu) is None
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from zimage_fp8.numerics import AMAX_FLOOR, QMAX, Format
 CHUNK = 256  # channels, eight in each lane; also the largest group of a rotation
 MAX_CHUNKS = 16  # of a warp: 64 registers a lane
 WARPS = 4  # of a block; 2 and 8 were no faster
-MAX_WARPS = 16
+MAX_WARPS = 16  # that hold one row
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,11 @@ def program_for(
 ) -> RowProgram | None:
     """What writes rows of `dim` channels, or None where this kernel does not: for BF16, which it
     writes no faster than Triton's (loops took 0.2 % longer), for other widths, on other devices."""
-    widest = CHUNK * MAX_CHUNKS * (1 if residual else MAX_WARPS)
-    if out.spec is None or dtype != torch.bfloat16 or dim % CHUNK or dim > widest:
+    spec = out.spec
+    if spec is None or dtype != torch.bfloat16 or dim % CHUNK or hopper_refusal(device):
         return None
-    if hopper_refusal(device):
-        return None
-    return RowProgram(dim, out.spec.format, not out.spec.is_static, out.spec.rotate, residual)
+    program = RowProgram(dim, spec.format, not spec.is_static, spec.rotate, residual)
+    return program if program.parts <= (1 if residual else MAX_WARPS) else None
 
 
 def encode_hopper(x: Tensor, out: Output, program: RowProgram) -> Activation:

@@ -15,7 +15,7 @@ enum { E4M3 = 1, INT8 = 2 };  // as in activation.py
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
 
-// Unpacked again by who reads them next: both halves of all pairs are more registers than there are.
+// Whoever reads them next unpacks them again: both halves of all pairs are too many registers.
 __device__ __forceinline__ void hold(u32 (&pairs)[CHUNKS][4]) {
     #pragma unroll
     for (int i = 0; i < 4 * CHUNKS; ++i) hold(pairs[i / 4][i % 4]);
@@ -90,9 +90,9 @@ __device__ __forceinline__ u32 codes(const float *of, float scale, float inverse
                        __byte_perm(__float_as_uint(q[2]), __float_as_uint(q[3]), 0x0040), 0x5410);
 }
 
-// h [rows, DIM] in BF16, and so are x and total where there is a residual; gate, vector fp32 [samples, DIM], of `tokens` rows each, their
-// strides in channels, 0 where all share one. values: codes [rows, DIM]; scales: [1] read, or [rows]
-// written with a scale per token.
+// h [rows, DIM] in BF16; values: codes of the same shape; scales: [1] read, or [rows] written with a
+// scale per token. With a residual x and total are as h, and gate and vector fp32 [samples, DIM], a
+// sample of `tokens` rows each, their strides in channels, 0 where all share one.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)
 row_kernel(const uint4 *h, const uint4 *x, uint4 *total, const float *gate, const float *vector,
            uint2 *values, float *scales, int rows, int tokens, int gate_stride, int vector_stride,
