@@ -201,6 +201,8 @@ def choose(device: torch.device, kind: str, rows: int, columns: int, depth: int)
         return None
     nearest = min(near, key=lambda choice: abs(choice.rows - rows)).rows
     winner, *others = [choice for choice in near if choice.rows == nearest]
+    if nearest == rows:
+        return winner
     count = multiprocessors(device)
     other = min(others, key=lambda choice: choice.expected_us(rows, count), default=winner)
     is_faster = other.expected_us(rows, count) < MARGIN * winner.expected_us(rows, count)
