@@ -181,6 +181,19 @@ def test_tiles_that_do_not_fit_give_way(
 
 
 @pytest.mark.usefixtures("table")
+def test_tiles_that_fit_stay_where_others_would_fit_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 rows for 4,160: the winner's 22 tiles in ten rounds, where the other's guess is eleven
+    for twelve. It was wrong by an eighth of the time: cuBLAS had other tiles."""
+    shape = {"rows": 4160, "columns": 11520, "depth": 3840}
+    tall = replace(TALL, **shape, tile=Tile(m=192, n=192), us=100.0)
+    other = replace(tall, implementation="cublas", tile=None, us=103.0)
+    assert other.expected_us(4096, 132) < 0.97 * tall.expected_us(4096, 132)
+    monkeypatch.setattr(gemm, "measured", lambda: (tall, other))
+    monkeypatch.setattr(gemm, "hopper_refusal", lambda _: None)
+    assert choose(CUDA, "int8-vector", 4096, 11520, 3840) == tall
+
+
+@pytest.mark.usefixtures("table")
 def test_what_cannot_run_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "measured", lambda: (TALL, LOW))
     monkeypatch.setattr(gemm, "hopper_refusal", lambda _: "it needs NVRTC")
