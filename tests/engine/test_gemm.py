@@ -183,7 +183,7 @@ def test_tiles_that_do_not_fit_give_way(
 @pytest.mark.usefixtures("table")
 def test_tiles_that_fit_stay_where_others_would_fit_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,096 rows for 4,160: the winner's 22 tiles in ten rounds, where the other's guess is eleven
-    for twelve. It was wrong by an eighth of the time: cuBLAS had other tiles."""
+    for twelve. That was wrong by 7 %, since cuBLAS had other tiles."""
     shape = {"rows": 4160, "columns": 11520, "depth": 3840}
     tall = replace(TALL, **shape, tile=Tile(m=192, n=192), us=100.0)
     other = replace(tall, implementation="cublas", tile=None, us=103.0)
