@@ -131,6 +131,9 @@ WIDE = replace(WGMMA_TILE, m=128, n=256, warps=12, group=17)  # two rounds for w
 WGMMA_TILES = (SQUARE, replace(SQUARE, n=160, stages=5), WIDE, replace(WIDE, cluster=2))
 HEADS_TILES = (HEADS_TILE, replace(HEADS_TILE, m=128, warps=12, stages=5, group=17))
 FINALISTS = 3
+# What runs on this GPU; elsewhere Triton's interpreter runs Triton's.
+run_residual_norm = residual_norm if DEVICE.type == "cuda" else residual_norm_triton
+run_encode = encode if DEVICE.type == "cuda" else encode_triton
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,6 @@ def candidates(kind: str, rows: int) -> list[Candidate]:
         "int8-vector": [],
     }
     return [*cublas[kind], *triton, *wgmma]
-
-
-# What runs on this GPU; elsewhere Triton's interpreter runs Triton's.
-run_residual_norm = residual_norm if DEVICE.type == "cuda" else residual_norm_triton
-run_encode = encode if DEVICE.type == "cuda" else encode_triton
 
 
 def in_groups(tiles: Iterable[Tile], rows: int) -> list[Tile]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import SIZES, RandomModel, Size, engine_loop, engine_of
+from engine import CAPTION_TOKENS, SIZES, RandomModel, Size, engine_loop, engine_of
 from gpu import DEVICE, RANDOM_WEIGHTS, envelope, sustained, write_rows
 from zimage_fp8.engine import gemm
 from zimage_fp8.engine.gemm import GATED, HEADS, SEPARATE, Choice
@@ -38,7 +38,6 @@ POLICY_OF_KIND = {
     "int8-vector": "int8-rot",
 }
 LEAST_GAIN = 0.002
-ROWS_OF_SIZE = {"1024x512": 2112, "1024x1024": 4160}  # with a caption of 64 tokens
 Shape = tuple[str, int, int, int]  # kind, rows, columns, depth
 Loop = Callable[[], Tensor]
 
@@ -149,7 +148,8 @@ def measure(
         policy = POLICY_OF_KIND[kind]
         weights = model.transformer(policy)
         for size, pixels in model.sizes.items():
-            taken = winners(kind, ROWS_OF_SIZE[size]) if DEVICE.type == "cuda" else []
+            rows = pixels[0] * pixels[1] // 256 + CAPTION_TOKENS
+            taken = winners(kind, rows) if DEVICE.type == "cuda" else []
             tried = {
                 name_of(choice): choice
                 for winner in taken

@@ -133,14 +133,18 @@ class FusedTransformer:
             yield from self._row_programs(block)
 
     def _row_programs(self, block: FusedBlock) -> Iterator[Program]:
-        """What writes its products' inputs: behind a residual, or on their own."""
-        behind_residuals = [(block.to_qkv, True), (block.w13, True)]
-        for linear, behind in (*behind_residuals, (block.to_out, False), (block.w2, False)):
+        """What writes its products' inputs: behind a residual, or on their own where the kernel
+        before them, attention or the gate, does not."""
+        linears = [(block.to_qkv, True), (block.w13, True)]
+        if self.attention.write is None or not block.to_out.reads.is_static_e4m3:
+            linears.append((block.to_out, False))
+        if not block.w2.reads.is_static_e4m3:
+            linears.append((block.w2, False))
+        for linear, behind in linears:
             width = linear.weight.shape[1]
-            if behind or not linear.reads.is_static_e4m3:  # which the kernel before it writes
-                program = program_for(linear.reads, width, self.dtype, self.device, residual=behind)
-                if program is not None:
-                    yield program
+            program = program_for(linear.reads, width, self.dtype, self.device, residual=behind)
+            if program is not None:
+                yield program
 
     def forward(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
         """latent: fp32 [batch, channels, height, width]; t: fp32 [1] or [batch] on the CPU;

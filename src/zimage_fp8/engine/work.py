@@ -28,8 +28,7 @@ from zimage_fp8.model.z_image import TOKEN_MULTIPLE
 from zimage_fp8.numerics import QuantSpec
 
 GEMM, ATTENTION, CONVOLUTION = "GEMM", "attention", "convolution"
-NORM = "_norm_kernel"
-FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2")
+NORM, ENCODE = "_norm_kernel", "_encode_kernel"
 DOUBLING = re.compile(r"\.upsamplers\.\d+\.conv$")  # the convolutions of doubled pictures
 
 
@@ -151,14 +150,12 @@ def _attention_writes(pipeline: Pipeline) -> bool:
     return isinstance(denoiser, FusedTransformer) and denoiser.attention.write is not None
 
 
-def _row_kernel(
-    pipeline: Pipeline, spec: QuantSpec | None, width: int, behind_residual: str = ""
-) -> str:
-    """The kernel that writes what a layer of this spec reads, alone or in the place of another."""
-    device, residual = pipeline.device, bool(behind_residual)
-    if program_for(Output(spec), width, pipeline.dtype, device, residual=residual):
-        return "row_kernel"
-    return behind_residual or "_encode_kernel"
+def _writer(pipeline: Pipeline, spec: QuantSpec | None, width: int, elsewhere: str) -> str:
+    """The kernel that writes what a layer of this spec reads: NORM behind a residual or ENCODE
+    `elsewhere`, one for both on Hopper."""
+    device, residual = pipeline.device, elsewhere == NORM
+    by_rows = program_for(Output(spec), width, pipeline.dtype, device, residual=residual)
+    return "row_kernel" if by_rows else elsewhere
 
 
 def _written(spec: QuantSpec | None, wide: int) -> int:
@@ -194,20 +191,18 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
         for index in range(blocks):
             to_q, to_out, w1, w2 = (
                 plan.spec(f"{stack}.{index}.{kind}")
-                for kind in ("attention.to_q", "attention.to_out.0", *FEED_FORWARD)
+                for kind in (
+                    *("attention.to_q", "attention.to_out.0"),
+                    *("feed_forward.w1", "feed_forward.w2"),
+                )
             )
             dim, ffn = tokens * config.dim, tokens * config.ffn_dim
             # Two gated residuals read x and h and write x, and what is multiplied next; the first
             # norm of a stack has no residual in front of it, the last residual no norm behind it.
-            if index == 0:
-                kernels[NORM] += dim * (wide + _written(to_q, wide))
-            else:
-                kernels[_row_kernel(pipeline, to_q, config.dim, NORM)] += dim * (
-                    3 * wide + _written(to_q, wide)
-                )
-            kernels[_row_kernel(pipeline, w1, config.dim, NORM)] += dim * (
-                3 * wide + _written(w1, wide)
-            )
+            first = NORM if index == 0 else _writer(pipeline, to_q, config.dim, NORM)
+            kernels[first] += dim * ((3 if index else 1) * wide + _written(to_q, wide))
+            second = _writer(pipeline, w1, config.dim, NORM)
+            kernels[second] += dim * (3 * wide + _written(w1, wide))
             if index == blocks - 1:
                 kernels[NORM] += dim * 3 * wide
             gates, turns = _done_at_once(pipeline, stack, index, tokens)
@@ -217,9 +212,9 @@ def _forward_work(pipeline: Pipeline, height: int, width: int, caption: int) -> 
             if not gates:
                 kernels["_gated_kernel"] += ffn * (2 * wide + _written(w2, wide))
             elif w2 and not w2.is_static:
-                kernels[_row_kernel(pipeline, w2, config.ffn_dim)] += ffn * (wide + 1)
+                kernels[_writer(pipeline, w2, config.ffn_dim, ENCODE)] += ffn * (wide + 1)
             if to_out and not (to_out.is_static and _attention_writes(pipeline)):
-                kernels[_row_kernel(pipeline, to_out, config.dim)] += dim * (wide + 1)
+                kernels[_writer(pipeline, to_out, config.dim, ENCODE)] += dim * (wide + 1)
     return {
         GEMM: Work({format: float(count) for format, count in flops.items() if count}),
         ATTENTION: Work({"e4m3" if codes else plain: attended}),

@@ -76,8 +76,8 @@ struct Exchange {
 
 // A pair, weighted by two numbers in BF16 and turned.
 __device__ __forceinline__ u32 turned(float even, float odd, u32 weight, float cosine, float sine) {
-    even *= __uint_as_float(weight << 16);
-    odd *= __uint_as_float(weight & 0xFFFF0000);
+    even *= low(weight);
+    odd *= high(weight);
     return pack_bf16(even * cosine - odd * sine, odd * cosine + even * sine);
 }
 

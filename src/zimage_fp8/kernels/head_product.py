@@ -19,8 +19,6 @@ from zimage_fp8.kernels.scaled_mm import scaled_mm
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import HEAD_DIM, HEADS_TILE, wgmma_heads
 
-HEAD_IMPLEMENTATIONS = ("wgmma-heads",)
-
 
 def head_product(
     x: Activation,

@@ -61,6 +61,10 @@ __device__ __forceinline__ float quotient(float x, float scale, float inverse) {
     return fmaf(fmaf(-q, scale, x), inverse, q);
 }
 
+// The two numbers of a pair in BF16.
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

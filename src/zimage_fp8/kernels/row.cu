@@ -11,9 +11,7 @@
 constexpr int CHUNKS = DIM / 256 / PARTS;
 static_assert(PARTS == 1 || PARTS == WARPS && !RESIDUAL, "a block is rows of a warp each, or one row");
 enum { E4M3 = 1, INT8 = 2 };  // as in activation.py
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
+static_assert(FORMAT == E4M3 || FORMAT == INT8, "a format that is not written here");
 
 // Whoever reads them next unpacks them again: both halves of all pairs are too many registers.
 __device__ __forceinline__ void hold(u32 (&pairs)[CHUNKS][4]) {
@@ -38,15 +36,6 @@ __device__ __forceinline__ uint4 load_once(const uint4 *from) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(from));
     return value;
-}
-
-// Kept by the cache for other rows; not read before it is asked for, where registers are taken.
-__device__ __forceinline__ void load_in_order(float4 (&eight)[2], const float4 *from) {
-    #pragma unroll
-    for (int i = 0; i < 2; ++i)
-        asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
-            : "=f"(eight[i].x), "=f"(eight[i].y), "=f"(eight[i].z), "=f"(eight[i].w)
-            : "l"(from + i) : "memory");
 }
 
 // Every four values `stride` apart: half of their sum, less each (`rotate.py`). The values of a lane
@@ -138,8 +127,7 @@ row_kernel(const uint4 *h, const uint4 *x, uint4 *total, const float *gate, cons
         #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             const uint4 old = own[32 * c];
-            float4 g[2];
-            load_in_order(g, gates + 64 * c);
+            const float4 g[2] = {__ldg(gates + 64 * c), __ldg(gates + 64 * c + 1)};
             const u32 of_x[4] = {old.x, old.y, old.z, old.w};
             #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -158,7 +146,7 @@ row_kernel(const uint4 *h, const uint4 *x, uint4 *total, const float *gate, cons
 
     const auto values_of = [&](int c, float (&v)[8]) {
         float4 w[2];
-        if (RESIDUAL) load_in_order(w, weights + 64 * c);
+        if (RESIDUAL) w[0] = __ldg(weights + 64 * c), w[1] = __ldg(weights + 64 * c + 1);
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             // Rounded before a rotation adds to it, as in the reference.
