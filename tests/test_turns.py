@@ -41,7 +41,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timed(what: Choice) -> dict[str, Any]:
-    return {part: value for part, value in asdict(what).items() if part != "gpu"}
+    row = {part: value for part, value in asdict(what).items() if part != "gpu"}
+    return row | {"us": 1.0, "sustained_us": what.us}
 
 
 @pytest.mark.usefixtures("table")
@@ -58,9 +59,9 @@ def test_a_loop_runs_no_product_alone_where_one_with_more_won() -> None:
 def test_rivals_are_those_nearly_as_fast_alone() -> None:
     near, far = (choice("bf16", us=us, tile=Tile(group=us)) for us in (105, 107))
     other = choice("bf16", us=1.0, rows=4160)
-    refused = {**timed(near), "refused": "why"}
-    del refused["us"]
-    rows = [timed(choice("bf16")), timed(near), timed(far), timed(other), refused]
+    brief = timed(choice("bf16", tile=Tile(group=3)))
+    del brief["sustained_us"]
+    rows = [timed(choice("bf16")), timed(near), timed(far), timed(other), brief]
     assert turns.rivals(rows, choice("bf16"), 1.06) == [near]
     assert turns.rivals([], choice("bf16"), 1.06) == []
 
