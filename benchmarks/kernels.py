@@ -26,6 +26,7 @@ from torch import Tensor
 from fake_model import SCALES
 from gpu import DEVICE, Envelope, elapsed_ms, envelope
 from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, HEADS, SEPARATE, Linear
+from zimage_fp8.engine.graphs import bound_workspaces
 from zimage_fp8.kernels.activation import (
     PLAIN,
     Activation,
@@ -853,6 +854,8 @@ def main() -> None:
         parser.error("full size needs a GPU; --scale tiny proves the script without one")
     if arguments.kinds and arguments.layers != [HEADS_LAYER] and DEVICE.type == "cuda":
         compile_ahead(min(12, os.cpu_count() or 1), arguments.kinds)
+    if DEVICE.type == "cuda":
+        bound_workspaces(DEVICE)  # as in the engine
     record: Envelope = envelope()
     record["gemm"] = gemm_rows(arguments.kinds, arguments.scale, arguments.layers)
     if GATED_LAYER in arguments.layers:

@@ -1,5 +1,8 @@
 """CUDA graphs by key; without CUDA the functions run as they are."""
 
+import os
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from compare import same_bits
 from zimage_fp8.engine import EngineOptions, load_pipeline
-from zimage_fp8.engine.graphs import GraphCache
+from zimage_fp8.engine.graphs import GraphCache, bound_workspaces
 from zimage_fp8.model.request import ImageRequest
 
 CUDA = torch.device("cuda")
@@ -38,6 +41,47 @@ def test_without_cuda_the_function_runs_every_time() -> None:
     graphs.forget()
     x = torch.ones(4)
     same_bits(graphs.run("key", function, x, x), x * x + x)
+
+
+WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "expected"),
+    [((9, 0), None, ":4096:2:16:8"), ((9, 0), ":16:8", ":16:8"), ((10, 0), None, None)],
+)
+def test_workspaces_are_bounded_on_hopper_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    given: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.setenv(WORKSPACES, given or "")
+    if given is None:
+        monkeypatch.delenv(WORKSPACES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    bound_workspaces(CUDA)
+    assert os.environ.get(WORKSPACES) == expected
+
+
+MULTIPLY = """
+import torch
+from zimage_fp8.engine.graphs import GraphCache
+
+GraphCache(torch.device("cuda"))
+x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+before = torch.cuda.memory_allocated()
+x @ x
+print(torch.cuda.memory_allocated() - before)
+"""
+
+
+@pytest.mark.gpu
+def test_a_workspace_is_as_small_as_was_asked() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != WORKSPACES}
+    command = [sys.executable, "-c", MULTIPLY]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert int(ended.stdout) < 9 * 2**20, ended.stderr
 
 
 @pytest.mark.gpu

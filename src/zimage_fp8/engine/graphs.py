@@ -7,6 +7,7 @@ graphs share one memory pool, so many shapes cost little more than the largest.
 
 import gc
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -39,8 +40,9 @@ class GraphCache:
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool = self._stream = None
         if device.type == "cuda":
+            bound_workspaces(device)
             self._pool = torch.cuda.graph_pool_handle()
-            # One for all: cuBLAS keeps a workspace per stream, 32 MiB on Hopper.
+            # One for all: cuBLAS keeps a workspace per stream.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
@@ -105,6 +107,17 @@ class GraphCache:
             output = function(*statics)
         reserved = torch.cuda.memory_reserved(self.device) - before
         return _Captured(graph, function, statics, output, max(0, reserved))
+
+
+def bound_workspaces(device: torch.device) -> None:
+    """Have cuBLAS work in 8 MiB on Hopper, as PyTorch lets it on other GPUs, instead of 32.
+
+    Every handle and every stream has a workspace, of PyTorch's and of cuBLAS' own. On an H200 a
+    server of `full` held 14.01 GiB at 1024x512 and holds 13.82, at the same speed. It must be said
+    before the process multiplies the first time; who sets cuBLAS' variable is obeyed.
+    """
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 
 @contextmanager
