@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from zimage_fp8.bench.table import markdown_table
@@ -165,6 +166,57 @@ def heads_table(results: Path) -> str:
         "\n\nIn bursts, and back to back at the power limit; tiles of one kernel by their size."
     )
     return _with_facts(found, table, "`to_qkv`, norm and rotation, on random data", random=False)
+
+
+def turns_table(results: Path) -> str:
+    """What products that are nearly as fast alone do to the running loop."""
+    found = _read(results / "engine-turns.json")
+    if found is None:
+        return NOT_YET
+    of_loop: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in found["turns"]:
+        kind = row["what"] if row["what"] in ("table", "together") else "rivals"
+        of_loop.setdefault((row["policy"], row["size"]), {}).setdefault(kind, []).append(row)
+    body = []
+    for (policy, size), rows in of_loop.items():
+        rivals = sorted(rows.get("rivals", []), key=_change)
+        ends = [_exchange(rivals[0]), _exchange(rivals[-1])] if rivals else ["", ""]
+        body.append(
+            [
+                f"`{policy}`",
+                size.replace("x", "×"),
+                f"{median(rows['table'][0]['ms']):.1f}",
+                f"{len(rivals)}",
+                *ends,
+                ", ".join(
+                    f"{', '.join(map(_product, row['choices']))}: {_change(row):+.1%}"
+                    for row in rows.get("together", [])
+                    if row["taken"]
+                ),
+            ]
+        )
+    head = ["policy", "size", "loop, ms", "exchanged", "fastest", "slowest", "taken"]
+    return _with_facts(found, markdown_table(head, body), "One product of a loop for another")
+
+
+def _exchange(row: dict[str, Any]) -> str:
+    return f"{_product(row['choices'][0])}: {_change(row):+.1%}"
+
+
+def _product(choice: dict[str, Any]) -> str:
+    config, tile = ZImageConfig(), choice["tile"]
+    names = {
+        (3 * config.dim, config.dim): "to_qkv",
+        (config.dim, config.dim): "to_out",
+        (2 * config.ffn_dim, config.dim): "w13",
+        (config.dim, config.ffn_dim): "w2",
+    }
+    name = f"`{names[choice['columns'], choice['depth']]}` by {choice['implementation']}"
+    return f"{name} {tile['m']} × {tile['n']} in {tile['group']}" if tile else name
+
+
+def _change(row: dict[str, Any]) -> float:
+    return median(row["ms"]) / median(row["table_ms"]) - 1
 
 
 def _times(row: dict[str, Any]) -> tuple[float, float]:

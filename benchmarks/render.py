@@ -363,6 +363,7 @@ BLOCKS: dict[str, Renderer] = {
     "engine-loops": engine_tables.loops_table,
     "engine-profile": engine_tables.profile_table,
     "engine-request": engine_tables.request_table,
+    "engine-turns": engine_tables.turns_table,
     "gemm-error": quality.gemm_table,
     "nano-outliers": quality.outlier_table,
     "nano-devices": quality.device_table,

@@ -51,6 +51,7 @@ TABLES = (
     (engine_tables.heads_table, "kernels.json"),
     (engine_tables.request_table, "gpu-request.json"),
     (engine_tables.baselines_table, "baselines.json"),
+    (engine_tables.turns_table, "engine-turns.json"),
 )
 
 
@@ -141,6 +142,24 @@ def test_heads_in_one_kernel_stand_beside_two(tmp_path: Path) -> None:
     assert "**NVIDIA H200**" in text
     write(tmp_path, "kernels.json", gemm=[GEMM | {"us": 100.0}])
     assert engine_tables.heads_table(tmp_path) == "Not measured yet.", "a run without heads"
+
+
+def test_what_a_loop_does_with_other_products_is_shown(tmp_path: Path) -> None:
+    tile = {"m": 192, "n": 192, "group": 22}
+    w13 = {"columns": 20480, "depth": 3840, "implementation": "wgmma-gated", "tile": tile}
+    w2 = {"columns": 3840, "depth": 10240, "implementation": "cublas", "tile": None}
+    loop = {"policy": "full", "size": "1024x512", "table_ms": [200.0, 200.0], "taken": False}
+    rows = [
+        {**loop, "what": "table", "choices": [], "ms": [200.0, 200.0]},
+        {**loop, "what": "slow", "choices": [w2], "ms": [204.0, 206.0]},
+        {**loop, "what": "fast", "choices": [w13], "ms": [198.0, 198.0], "taken": True},
+        {**loop, "what": "together", "choices": [w13], "ms": [198.4, 198.4], "taken": True},
+        {**loop, "what": "table", "choices": [], "ms": [430.0], "size": "1024x1024"},
+    ]
+    text = engine_tables.turns_table(write(tmp_path, "engine-turns.json", turns=rows))
+    fast = "`w13` by wgmma-gated 192 × 192 in 22"
+    assert f"| 200.0 | 2 | {fast}: -1.0% | `w2` by cublas: +2.5% | {fast}: -0.8% |" in text
+    assert "| `full` | 1024×1024 | 430.0 | 0 |  |  |  |" in text
 
 
 def test_targets_stand_beside_every_machine_that_was_measured(tmp_path: Path) -> None:

@@ -400,21 +400,22 @@ def test_what_is_compiled_beforehand_is_what_runs(
     codes = quantize_weight(weight, scale, spec)
     linear = Linear(QuantLinear(spec, codes, scale, static), torch.bfloat16)
     x = encode(torch.randn(2112, 3840, device="cuda", dtype=torch.bfloat16), linear.reads)
-    ran: list[Program] = []
+    ran: list[object] = []
     load = hopper._function
     monkeypatch.setattr(
         hopper, "_function", lambda device, program: ran.append(program) or load(device, program)
     )
     linear.gated(x, linear.reads)
-    assert ran
-    assert set(ran) <= set(linear.programs(linear.reads))
+    products = {program for program in ran if isinstance(program, Program)}
+    assert products
+    assert products <= set(linear.programs(linear.reads))
 
 
 @pytest.mark.gpu
 def test_before_the_first_picture_the_measured_ones_are_named() -> None:
     """A server describes itself before it has drawn, and that goes into records."""
-    linear = Linear(nn.Linear(3840, 11520, bias=False, device="cuda"), torch.bfloat16)
-    known = fitting(torch.device("cuda"), "bf16", 11520, 3840)
+    linear = Linear(nn.Linear(10240, 3840, bias=False, device="cuda"), torch.bfloat16)
+    known = fitting(torch.device("cuda"), "bf16", 3840, 10240)
     winners = {choice.rows: choice.implementation for choice in reversed(known)}
     names = sorted(set(winners.values())) or ["default"]
     assert linear.describe() == f"bf16 by {' or '.join(names)}"
