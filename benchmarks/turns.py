@@ -26,7 +26,7 @@ from torch import Tensor
 from engine import CAPTION_TOKENS, SIZES, RandomModel, Size, engine_loop, engine_of
 from gpu import DEVICE, RANDOM_WEIGHTS, envelope, sustained, write_rows
 from zimage_fp8.engine import gemm
-from zimage_fp8.engine.gemm import GATED, HEADS, SEPARATE, Choice
+from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, HEADS, SEPARATE, Choice
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.model.z_image import ZImageTransformer
 
@@ -207,14 +207,15 @@ def row_of(
 def with_winners(
     table: Sequence[dict[str, Any]], rows: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The table's choices, where those that were taken together stand in front of their shapes."""
+    """The table's choices, where those that were taken together stand in front of their shapes,
+    instead of what has tiles of the same height."""
 
     def key(choice: Mapping[str, Any]) -> tuple[object, ...]:
         return tuple(choice[part] for part in ("gpu", "kind", "rows", "columns", "depth"))
 
     def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        parts = ("implementation", "tile")
-        return key(one) == key(other) and all(one[part] == other[part] for part in parts)
+        heights = {(it["tile"] or asdict(CUBLAS_TILE))["m"] for it in (one, other)}
+        return key(one) == key(other) and len(heights) == 1
 
     result = list(table)
     for row in rows:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def test_a_rival_has_to_be_faster_in_every_turn_and_by_enough() -> None:
 
 
 def test_what_was_taken_together_stands_in_front_of_its_shape() -> None:
-    rival = asdict(TABLE[1]) | {"us": 90.0}
+    other_walk = replace(WIDE, group=WIDE.group + 1)
+    rival = asdict(replace(TABLE[1], tile=other_walk)) | {"us": 90.0}
     new = asdict(choice("bf16", rows=1))
     rows = [
         {"what": "wide", "taken": True, "choices": [asdict(TABLE[2])]},
