@@ -10,7 +10,7 @@ from typing import Any
 from zimage_fp8.bench.table import markdown_table
 from zimage_fp8.engine.gemm import HEADS
 from zimage_fp8.engine.profile import group_of
-from zimage_fp8.layout import ZImageConfig
+from zimage_fp8.layout import ZImageConfig, product_shapes
 
 NOT_YET = "Not measured yet."
 TOKENS = 2048 + 64  # 1024x512, and a caption of 64 tokens
@@ -21,38 +21,32 @@ def block_table(_: Path) -> str:
     """The eight or nine launches of one block at 1024x512: operations, and bytes by format."""
     config = ZImageConfig()
     dim, ffn = config.dim, config.ffn_dim
-    shapes = {
-        "`to_qkv`": (3 * dim, dim),
-        "`to_out`": (dim, dim),
-        "`w13`": (2 * ffn, dim),
-        "`w2`": (dim, ffn),
-    }
     rows = {
         name: [
-            f"{name}: [{TOKENS:,}, {depth:,}] × [{depth:,}, {columns:,}]",
+            f"`{name}`: [{TOKENS:,}, {depth:,}] × [{depth:,}, {columns:,}]",
             f"{2 * TOKENS * columns * depth / 1e9:.0f}",
             *(
                 _megabytes((TOKENS + columns) * depth * width + 2 * TOKENS * columns)
                 for width in (2, 1)
             ),
         ]
-        for name, (columns, depth) in shapes.items()
+        for name, (columns, depth) in product_shapes(config).items()
     }
     x = TOKENS * dim
     body = [
-        rows["`to_qkv`"],
+        rows["to_qkv"],
         ["q, k norm and rotation, in place", "", *[_megabytes(8 * x)] * 2],
         ["attention", f"{4 * TOKENS**2 * dim / 1e9:.0f}", *[_megabytes(8 * x)] * 2],
         ["attention's output → codes", "", "not launched", _megabytes(3 * x)],
-        rows["`to_out`"],
+        rows["to_out"],
         ["gated residual, norm × scale → input of `w13`", "", _megabytes(8 * x), _megabytes(7 * x)],
-        rows["`w13`"],
+        rows["w13"],
         [
             "`silu(w1 x) · (w3 x)` → input of `w2`",
             "",
             *(_megabytes(TOKENS * ffn * width) for width in (6, 5)),
         ],
-        rows["`w2`"],
+        rows["w2"],
         [
             "gated residual, norm × scale → the next block's `to_qkv`",
             "",
@@ -189,29 +183,24 @@ def turns_table(results: Path) -> str:
                 f"{len(rivals)}",
                 *ends,
                 ", ".join(
-                    f"{', '.join(map(_product, row['choices']))}: {_change(row):+.1%}"
+                    f"{', '.join(map(_product, row['choices']))}: {_change(row):+.2%}"
                     for row in rows.get("together", [])
                     if row["taken"]
                 ),
             ]
         )
-    head = ["policy", "size", "loop, ms", "exchanged", "fastest", "slowest", "taken"]
+    head = ["policy", "size", "loop, ms", "rivals", "fastest", "slowest", "taken"]
     return _with_facts(found, markdown_table(head, body), "One product of a loop for another")
 
 
 def _exchange(row: dict[str, Any]) -> str:
-    return f"{_product(row['choices'][0])}: {_change(row):+.1%}"
+    return f"{_product(row['choices'][0])}: {_change(row):+.2%}"
 
 
 def _product(choice: dict[str, Any]) -> str:
-    config, tile = ZImageConfig(), choice["tile"]
-    names = {
-        (3 * config.dim, config.dim): "to_qkv",
-        (config.dim, config.dim): "to_out",
-        (2 * config.ffn_dim, config.dim): "w13",
-        (config.dim, config.ffn_dim): "w2",
-    }
+    names = {shape: name for name, shape in product_shapes(ZImageConfig()).items()}
     name = f"`{names[choice['columns'], choice['depth']]}` by {choice['implementation']}"
+    tile = choice["tile"]
     return f"{name} {tile['m']} × {tile['n']} in {tile['group']}" if tile else name
 
 

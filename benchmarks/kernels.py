@@ -72,7 +72,7 @@ from zimage_fp8.kernels.rope import Rope, rope_table
 from zimage_fp8.kernels.swiglu import gated_reference, gated_triton
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import HEADS_TILE, WGMMA_TILE
-from zimage_fp8.layout import ZImageConfig
+from zimage_fp8.layout import ZImageConfig, product_shapes
 from zimage_fp8.numerics import (
     E4M3_ROW,
     E4M3_STATIC,
@@ -165,8 +165,13 @@ def in_groups(tiles: Iterable[Tile], rows: int) -> list[Tile]:
     walks = (replace(tile, group=factor * tile.group) for tile in tiles for factor in (1, 2))
     by_walk: dict[Tile, Tile] = {}
     for tile in walks:
-        by_walk.setdefault(replace(tile, group=min(tile.group, -(-rows // tile.m))), tile)
+        by_walk.setdefault(as_walked(tile, rows), tile)
     return list(by_walk.values())
+
+
+def as_walked(tile: Tile, rows: int) -> Tile:
+    """With as many rows of tiles in a group as there are: more are the same walk."""
+    return replace(tile, group=min(tile.group, -(-rows // tile.m)))
 
 
 Operands = tuple[Activation, Tensor, Tensor | None]
@@ -240,14 +245,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def gemm_rows(kinds: Sequence[str], scale: str, layers: Sequence[str]) -> list[dict[str, object]]:
-    config = SCALES[scale].transformer
-    dim, ffn = config.dim, config.ffn_dim
-    shapes = {
-        "to_qkv": (3 * dim, dim),
-        "to_out": (dim, dim),
-        "w13": (2 * ffn, dim),
-        "w2": (dim, ffn),
-    }
+    shapes = product_shapes(SCALES[scale].transformer)
     results = []
     for kind in kinds:
         for name, (columns, depth) in shapes.items():
@@ -258,12 +256,9 @@ def gemm_rows(kinds: Sequence[str], scale: str, layers: Sequence[str]) -> list[d
 
 def gated_rows(kinds: Sequence[str], scale: str) -> list[dict[str, object]]:
     """w13 with its gate: one kernel of both against the engine's product, then `gated`."""
-    config = SCALES[scale].transformer
+    shape = product_shapes(SCALES[scale].transformer)["w13"]
     return [
-        row
-        for kind in kinds
-        for rows in ROWS[scale]
-        for row in gated_shape(kind, rows, 2 * config.ffn_dim, config.dim)
+        row for kind in kinds for rows in ROWS[scale] for row in gated_shape(kind, rows, *shape)
     ]
 
 
@@ -332,7 +327,7 @@ def heads_rows(kinds: Sequence[str], scale: str) -> list[dict[str, object]]:
 
 
 def heads_shape(kind: str, rows: int, config: ZImageConfig) -> list[dict[str, object]]:
-    columns, depth = 3 * config.dim, config.dim
+    columns, depth = product_shapes(config)["to_qkv"]
     sets = operands(kind, rows, columns, depth, SETS)
     linears = [Linear(_layer(SPEC_OF_KIND[kind], *operand), torch.bfloat16) for operand in sets]
     weights = (1 + 0.1 * torch.randn(2, config.head_dim, device=DEVICE)).to(torch.bfloat16)
@@ -854,8 +849,7 @@ def main() -> None:
         parser.error("full size needs a GPU; --scale tiny proves the script without one")
     if arguments.kinds and arguments.layers != [HEADS_LAYER] and DEVICE.type == "cuda":
         compile_ahead(min(12, os.cpu_count() or 1), arguments.kinds)
-    if DEVICE.type == "cuda":
-        bound_workspaces(DEVICE)  # as in the engine
+    bound_workspaces(DEVICE)  # as in the engine
     record: Envelope = envelope()
     record["gemm"] = gemm_rows(arguments.kinds, arguments.scale, arguments.layers)
     if GATED_LAYER in arguments.layers:

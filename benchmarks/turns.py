@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine import CAPTION_TOKENS, SIZES, RandomModel, Size, engine_loop, engine_of
 from gpu import DEVICE, RANDOM_WEIGHTS, envelope, sustained, write_rows
+from kernels import as_walked
 from zimage_fp8.engine import gemm
 from zimage_fp8.engine.gemm import CUBLAS_TILE, GATED, HEADS, SEPARATE, Choice
 from zimage_fp8.kernels.tile import Tile
@@ -67,8 +68,9 @@ def winners(kind: str, rows: int) -> list[Choice]:
 
 
 def rivals(timed: Iterable[Mapping[str, Any]], taken: Choice, within: float) -> list[Choice]:
-    """What was timed for the shape of `taken`, within a factor of the best, but for itself. Only
-    finalists: a time of one launch at a cool GPU's clock is up to 15 % short of a sustained one."""
+    """What was timed for the shape of `taken`, within a factor of the best, but for the same walk.
+    Only finalists: a time of one launch at a cool GPU's clock is up to 15 % short of a sustained
+    one."""
     parts = ("kind", "rows", "columns", "depth", "implementation")
     found = [
         replace(
@@ -82,12 +84,12 @@ def rivals(timed: Iterable[Mapping[str, Any]], taken: Choice, within: float) -> 
     ]
     found = [choice for choice in found if shape_of(choice) == shape_of(taken)]
     limit = within * min((choice.us for choice in found), default=0.0)
-    return [
-        choice
-        for choice in found
-        if choice.us <= limit
-        and (choice.implementation, choice.tile) != (taken.implementation, taken.tile)
-    ]
+    return [choice for choice in found if choice.us <= limit and ran_as(choice) != ran_as(taken)]
+
+
+def ran_as(choice: Choice) -> tuple[str, Tile | None]:
+    """Equal for what is the same work in the same order."""
+    return choice.implementation, choice.tile and as_walked(choice.tile, choice.rows)
 
 
 @contextmanager

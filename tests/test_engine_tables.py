@@ -158,7 +158,7 @@ def test_what_a_loop_does_with_other_products_is_shown(tmp_path: Path) -> None:
     ]
     text = engine_tables.turns_table(write(tmp_path, "engine-turns.json", turns=rows))
     fast = "`w13` by wgmma-gated 192 × 192 in 22"
-    assert f"| 200.0 | 2 | {fast}: -1.0% | `w2` by cublas: +2.5% | {fast}: -0.8% |" in text
+    assert f"| 200.0 | 2 | {fast}: -1.00% | `w2` by cublas: +2.50% | {fast}: -0.80% |" in text
     assert "| `full` | 1024×1024 | 430.0 | 0 |  |  |  |" in text
 
 

@@ -8,11 +8,13 @@ import torch
 
 from zimage_fp8.errors import ModelError
 from zimage_fp8.layout import (
+    KINDS,
     ZImageConfig,
     block_names,
     fused_name,
     linear_shapes,
     members_of,
+    product_shapes,
     read_config,
     tensor_shapes,
 )
@@ -24,6 +26,17 @@ def test_full_size_names_and_shapes_are_diffusers() -> None:
     with torch.device("meta"):
         theirs = ZImageTransformer2DModel().state_dict()
     assert tensor_shapes(ZImageConfig()) == {n: tuple(t.shape) for n, t in theirs.items()}
+
+
+def test_products_are_the_linears_of_a_block_as_they_are_loaded() -> None:
+    config = ZImageConfig()
+    linears = linear_shapes(config)
+    products = product_shapes(config)
+    assert len(products) == len(KINDS)
+    for module, (columns, depth) in zip(KINDS, products.values(), strict=True):
+        shapes = [linears[name] for name in members_of(f"layers.0.{module}")]
+        assert (sum(rows for rows, _ in shapes), {depth}) == (columns, {it for _, it in shapes})
+    assert [*products] == [module.removesuffix(".0").rpartition(".")[2] for module in KINDS]
 
 
 def test_full_size_counts_are_those_of_the_model() -> None:

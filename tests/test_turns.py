@@ -61,9 +61,11 @@ def test_rivals_are_those_nearly_as_fast_alone() -> None:
     other = choice("bf16", us=1.0, rows=4160)
     brief = timed(choice("bf16", tile=Tile(group=3)))
     del brief["sustained_us"]
-    rows = [timed(choice("bf16")), timed(near), timed(far), timed(other), brief]
-    assert turns.rivals(rows, choice("bf16"), 1.06) == [near]
-    assert turns.rivals([], choice("bf16"), 1.06) == []
+    same_walk = choice("bf16", tile=replace(TALL, group=22))  # of eleven rows of tiles
+    taken = choice("bf16", tile=replace(TALL, group=11))
+    rows = [timed(it) for it in (taken, same_walk, near, far, other)] + [brief]
+    assert turns.rivals(rows, taken, 1.06) == [near]
+    assert turns.rivals([], taken, 1.06) == []
 
 
 @pytest.mark.usefixtures("table")

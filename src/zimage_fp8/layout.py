@@ -165,6 +165,17 @@ def linear_shapes(config: ZImageConfig) -> dict[str, Shape]:
     }
 
 
+def product_shapes(config: ZImageConfig) -> dict[str, Shape]:
+    """The matrix products of a block once it is loaded: name -> [out, in]."""
+    dim, ffn = config.dim, config.ffn_dim
+    return {
+        "to_qkv": (3 * dim, dim),
+        "to_out": (dim, dim),
+        "w13": (2 * ffn, dim),
+        "w2": (dim, ffn),
+    }
+
+
 def block_names(config: ZImageConfig) -> list[str]:
     """Every transformer block: both refiners, then the layers."""
     refiners = range(config.n_refiner_layers)

@@ -31,7 +31,7 @@ from zimage_fp8.kernels.rope import Rope
 from zimage_fp8.kernels.swiglu import gated
 from zimage_fp8.kernels.tile import Tile
 from zimage_fp8.kernels.wgmma import HEADS_TILE, Program
-from zimage_fp8.layout import ZImageConfig
+from zimage_fp8.layout import ZImageConfig, product_shapes
 from zimage_fp8.numerics import E4M3_ROW, E4M3_STATIC, INT8_ROW, QuantSpec
 from zimage_fp8.quant.linear import QuantLinear, quantize_weight, weight_amax, weight_scales
 
@@ -252,9 +252,7 @@ def test_every_shipped_choice_can_run(choice: Choice) -> None:
 
 def test_every_product_of_the_full_size_is_measured() -> None:
     """For one size of picture at least, in every format; twice only with tiles of two heights."""
-    config = ZImageConfig()
-    dim, ffn = config.dim, config.ffn_dim
-    shapes = {(3 * dim, dim), (dim, dim), (2 * ffn, dim), (dim, ffn)}
+    shapes = set(product_shapes(ZImageConfig()).values())
     keys = [
         (it.gpu, it.kind, it.rows, it.columns, it.depth, (it.tile or CUBLAS_TILE).m)
         for it in measured()

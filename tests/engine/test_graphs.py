@@ -12,10 +12,12 @@ from torch import Tensor
 
 from compare import same_bits
 from zimage_fp8.engine import EngineOptions, load_pipeline
+from zimage_fp8.engine import graphs as engine_graphs
 from zimage_fp8.engine.graphs import GraphCache, bound_workspaces
 from zimage_fp8.model.request import ImageRequest
 
 CUDA = torch.device("cuda")
+WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 CAPTURE_RUNS = 1  # recorded, without a run to warm up
 
 
@@ -30,8 +32,10 @@ class Counted:
         return x * x + y
 
 
-def test_without_cuda_the_function_runs_every_time() -> None:
+def test_without_cuda_the_function_runs_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKSPACES, raising=False)
     graphs, function = GraphCache(torch.device("cpu")), Counted()
+    assert WORKSPACES not in os.environ
     for value in range(3):
         x = torch.full((4,), float(value))
         same_bits(graphs.run("key", function, x, x), x * x + x)
@@ -43,23 +47,20 @@ def test_without_cuda_the_function_runs_every_time() -> None:
     same_bits(graphs.run("key", function, x, x), x * x + x)
 
 
-WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
-
-
 @pytest.mark.parametrize(
-    ("capability", "given", "expected"),
-    [((9, 0), None, ":4096:2:16:8"), ((9, 0), ":16:8", ":16:8"), ((10, 0), None, None)],
+    ("refusal", "given", "expected"),
+    [(None, None, ":4096:2:16:8"), (None, ":16:8", ":16:8"), ("why", None, None)],
 )
-def test_workspaces_are_bounded_on_hopper_unless_told_otherwise(
+def test_workspaces_are_bounded_where_products_are_our_own_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int],
+    refusal: str | None,
     given: str | None,
     expected: str | None,
 ) -> None:
     monkeypatch.setenv(WORKSPACES, given or "")
     if given is None:
         monkeypatch.delenv(WORKSPACES)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(engine_graphs, "hopper_refusal", lambda _: refusal)
     bound_workspaces(CUDA)
     assert os.environ.get(WORKSPACES) == expected
 
